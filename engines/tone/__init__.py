@@ -1,0 +1,1 @@
+"""Deterministic tones instead of speech: the engine of tests, docs and the tutorial."""
