@@ -1,0 +1,1 @@
+"""The Ray Serve graph that puts speech engines behind HTTP and Python handles."""

@@ -1,0 +1,1 @@
+"""Audio on its way out. ``encode`` turns engine samples into the bytes a client asked for."""

@@ -1,0 +1,233 @@
+"""The settings tree: one schema for YAML, environment and builder arguments.
+
+Whoever is more explicit wins: arguments of ``build_app`` (the ``args:`` of ``serve_config.yaml``), then
+environment variables (``VOICE_CLONE__LIMITS__MAX_INPUT_CHARS=2000``), then the YAML file named by
+``VOICE_CLONE_CONFIG``, then the defaults written here. An unknown key anywhere stops the start.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from engines.contract import EngineError
+from engines.registry import engine_class
+from serve_app.voices.reference import ReferenceLimits
+
+CONFIG_VARIABLE = "VOICE_CLONE_CONFIG"
+#: Names that OpenAI clients hard-code; each means "the default engine" unless configured otherwise.
+OPENAI_MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts", "gpt-4o-mini-tts-2025-12-15")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. The message names the source, the key and the fix."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Replicas(_Section):
+    """How many copies of a deployment run, and what each reserves."""
+
+    min_replicas: int = Field(default=1, ge=0, description="Copies kept running; 0 scales to zero.")
+    max_replicas: int = Field(default=1, ge=1, description="Copies at most.")
+    num_cpus: float = Field(default=0.0, ge=0, description="CPU cores each copy reserves.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPU share each copy reserves.")
+    memory_mb: int | None = Field(default=None, ge=1, description="Memory each copy reserves.")
+    upscale_delay_s: float = Field(default=5.0, ge=0, description="Sustained load before a copy is added.")
+    downscale_delay_s: float = Field(default=300.0, ge=0, description="Sustained idleness before one goes.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Replicas":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is above max_replicas")
+        return self
+
+
+class EngineSettings(_Section):
+    """One served engine."""
+
+    engine: str | None = Field(
+        default=None, description="Registry name of the engine; the key itself if left out."
+    )
+    config: dict[str, Any] = Field(default_factory=dict, description="The engine's own settings.")
+    replicas: Replicas = Field(
+        default_factory=lambda: Replicas(num_cpus=1.0), description="Copies and reservations."
+    )
+    runtime_env: dict[str, Any] | None = Field(
+        default=None, description="Ray runtime environment of this engine's replicas."
+    )
+
+
+class VoiceSettings(_Section):
+    """Where voices live and what is accepted as one."""
+
+    store: str = Field(
+        default="~/.local/share/voice-clone/voices",
+        description="Absolute directory or URL (s3://, gs://, az://, memory://) of the voice store.",
+    )
+    consent: Literal["required", "recorded", "off"] = Field(
+        default="recorded", description="Whether enrolment must carry a consent statement."
+    )
+    reference: ReferenceLimits = Field(
+        default_factory=ReferenceLimits, description="What is accepted as a recording."
+    )
+    aliases: dict[str, str] = Field(
+        default_factory=dict, description="Extra names of voices: alias -> id or name."
+    )
+    conditioning_cache_mb: int = Field(
+        default=256, ge=1, description="Memory a router may use for conditioning."
+    )
+    conditioning_ttl_s: float = Field(
+        default=30.0, gt=0, description="Age at which a router reads conditioning again from the store."
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, store: str) -> str:
+        # A relative path would mean another directory on every worker that resolves it.
+        if "://" in store or Path(store).expanduser().is_absolute():
+            return store
+        raise ValueError("must be an absolute path, a path starting with ~, or a URL")
+
+
+class LimitSettings(_Section):
+    """What one request may ask for."""
+
+    max_input_chars: int = Field(default=4096, ge=1, description="Longest text of one speech request.")
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest JSON body.")
+    max_queued_utterances: int = Field(
+        default=256, ge=1, description="Utterances that may wait for one engine in one router."
+    )
+    look_ahead_utterances: int = Field(
+        default=2, ge=1, le=32, description="Utterances of one request worked on at once."
+    )
+    first_audio_timeout_s: float = Field(
+        default=25.0, gt=0, description="A request without sound after this long is answered 503."
+    )
+
+
+class Settings(BaseSettings):
+    """Everything the server can be told."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="VOICE_CLONE__",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    engines: dict[str, EngineSettings] = Field(
+        default_factory=lambda: {"mosaic": EngineSettings()}, description="Served engines by name."
+    )
+    default_engine: str | None = Field(
+        default=None, description="Engine of requests that name none; the first served one if left out."
+    )
+    model_aliases: dict[str, str] = Field(
+        default_factory=dict, description="Extra names of engines: alias -> served name."
+    )
+    ingress: Replicas = Field(default_factory=Replicas, description="Copies of the HTTP front.")
+    router: Replicas = Field(default_factory=Replicas, description="Copies of the router.")
+    voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
+    limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
+
+    _file: ClassVar[str] = CONFIG_VARIABLE
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments, then environment, then the YAML file."""
+        yaml_file = os.environ.get(CONFIG_VARIABLE)
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=yaml_file))
+
+    @field_validator("engines")
+    @classmethod
+    def _engines_exist(cls, engines: dict[str, EngineSettings]) -> dict[str, EngineSettings]:
+        if not engines:
+            raise ValueError("at least one engine must be served")
+        for name, settings in engines.items():
+            try:
+                kind = engine_class(settings.engine or name)
+            except EngineError as error:
+                raise ValueError(f"{error.message} {error.next_step}") from error
+            kind.Config.model_validate(settings.config)
+        return engines
+
+    @model_validator(mode="after")
+    def _names_resolve(self) -> "Settings":
+        for alias, target in {**self.model_aliases, "default_engine": self.default_name}.items():
+            if target not in self.engines:
+                raise ValueError(f"'{alias}' points to engine '{target}', which is not served")
+        return self
+
+    @property
+    def default_name(self) -> str:
+        """Name of the engine that speaks when a request names none."""
+        return self.default_engine or next(iter(self.engines))
+
+    def served_engine(self, model: str | None) -> str | None:
+        """The served engine a client means by ``model``, or None if there is no such engine."""
+        if model is None or model in self.engines:
+            return model or self.default_name
+        if model in self.model_aliases:
+            return self.model_aliases[model]
+        return self.default_name if model in OPENAI_MODELS else None
+
+
+def load_settings(path: Path | None = None, **arguments: Any) -> Settings:
+    """Read the settings. Raises ``ConfigError`` with source, key and reason in one sentence each."""
+    if path is not None:
+        os.environ[CONFIG_VARIABLE] = str(path)
+    source = os.environ.get(CONFIG_VARIABLE)
+    if source and not Path(source).is_file():
+        raise ConfigError(
+            f"The configuration file {source} does not exist. Fix the path or unset {CONFIG_VARIABLE}."
+        )
+    refuse_unknown_variables()
+    try:
+        return Settings(**arguments)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(describe(error, source or "the arguments or the environment")) from error
+
+
+def refuse_unknown_variables() -> None:
+    """Raise ``ConfigError`` for a ``VOICE_CLONE__`` variable that names no setting.
+
+    pydantic-settings only looks up the variables it knows, so a misspelt one would be silently ignored.
+    """
+    prefix = "VOICE_CLONE__"
+    for variable in os.environ:
+        section = variable.removeprefix(prefix).split("__")[0].lower()
+        if variable.startswith(prefix) and section not in Settings.model_fields:
+            known = ", ".join(sorted(Settings.model_fields))
+            raise ConfigError(
+                f"Environment variable {variable}: there is no section '{section}'. Sections: {known}."
+            )
+
+
+def describe(error: ValidationError, source: str) -> str:
+    """All findings of a validation as sentences that name source and key."""
+    findings = []
+    for finding in error.errors(include_url=False, include_input=False):
+        key = ".".join(str(part) for part in finding["loc"]) or "(top level)"
+        reason = "is not a known key" if finding["type"] == "extra_forbidden" else finding["msg"]
+        findings.append(f"{source}: '{key}': {reason}.")
+    return "\n".join(findings)

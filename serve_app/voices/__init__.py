@@ -1,0 +1,1 @@
+"""Enrolled speakers: ``reference`` checks an uploaded recording, ``store`` keeps voices."""
