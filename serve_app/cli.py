@@ -1,0 +1,135 @@
+"""The ``voice-clone`` command: serve, speak, voices, doctor."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.client import HttpClient
+from serve_app.config import ConfigError, Settings, load_settings
+from serve_app.errors import VoiceCloneError
+from serve_app.voices.store import StoreNotUsable
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Voice Clone TTS.")
+voices_app = typer.Typer(no_args_is_help=True, help="Enrol, list and delete voices.")
+app.add_typer(voices_app, name="voices")
+
+#: People read standard error; standard output carries results only, so that it can be piped.
+console = Console(stderr=True)
+out = Console()
+
+ServerOption = Annotated[
+    str, typer.Option("--server", envvar="VOICE_CLONE_SERVER", help="Root URL of the server.")
+]
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """Entry point: what can go wrong is said in a sentence, with exit status 1."""
+    try:
+        app()
+    except (VoiceCloneError, ConfigError, StoreNotUsable, FileNotFoundError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file with the settings tree.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="GATEWAY_PORT", help="Port to listen on.")] = 8000,
+    address: Annotated[
+        str, typer.Option(help="'local' starts Ray here; 'auto' or HOST:PORT joins one that runs.")
+    ] = "local",
+) -> None:
+    """Start the graph on this machine and serve until interrupted."""
+    from serve_app.server import run_server
+
+    settings = _settings(config)
+    run_server(settings, host=host, port=port, address=address, console=console)
+
+
+@app.command()
+def speak(
+    text: Annotated[str, typer.Argument(help="What to say.")],
+    voice: Annotated[str, typer.Option(help="Id, name or alias of an enrolled voice.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; .wav .flac .mp3 .ogg")],
+    engine: Annotated[str | None, typer.Option(help="Engine; default the server's.")] = None,
+    language: Annotated[str | None, typer.Option(help="BCP-47; default found from the text.")] = None,
+    speed: Annotated[float, typer.Option(min=0.25, max=4.0, help="Speaking rate.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same samples.")] = None,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Speak a text in a voice and write the audio to a file."""
+    with HttpClient(server) as tts, console.status("Speaking…"):
+        speech = tts.speak(text, voice, engine=engine, language=language, speed=speed, seed=seed)
+        path = speech.save(output)
+    console.print(f"{path}: {speech.duration_s:.1f} s by {speech.engine}, seed {speech.seed}")
+
+
+@voices_app.command("add")
+def voices_add(
+    name: Annotated[str, typer.Argument(help="Name of the new voice.")],
+    recording: Annotated[Path, typer.Argument(help="Recording of one speaker, 1 to 30 s.")],
+    consent: Annotated[str, typer.Option(help="The speaker's consent statement.")] = "",
+    transcript: Annotated[str, typer.Option(help="What is said in the recording.")] = "",
+    language: Annotated[str, typer.Option(help="BCP-47 language of the recording.")] = "",
+    replace: Annotated[bool, typer.Option(help="Replace a voice of this name.")] = False,
+    server: ServerOption = DEFAULT_SERVER,
+) -> None:
+    """Enrol a voice; its id goes to standard output."""
+    with HttpClient(server) as tts, console.status("Enrolling…"):
+        voice = tts.enrol(
+            name, recording, consent=consent, transcript=transcript, language=language, replace=replace
+        )
+    for warning in voice.warnings:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+    out.print(voice.id)
+
+
+@voices_app.command("list")
+def voices_list(server: ServerOption = DEFAULT_SERVER) -> None:
+    """List the enrolled voices."""
+    with HttpClient(server) as tts:
+        voices = tts.voices()
+    table = Table("id", "name", "language", "seconds")
+    for voice in voices:
+        table.add_row(voice.id, voice.name, voice.language, f"{voice.duration_s:.1f}")
+    out.print(table)
+
+
+@voices_app.command("delete")
+def voices_delete(
+    voice: Annotated[str, typer.Argument(help="Id or name.")], server: ServerOption = DEFAULT_SERVER
+) -> None:
+    """Delete a voice."""
+    with HttpClient(server) as tts:
+        tts.delete_voice(voice)
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="YAML file with the settings tree.")] = None,
+    port: Annotated[int, typer.Option(envvar="GATEWAY_PORT", help="Port the server would use.")] = 8000,
+) -> None:
+    """Look for what would stop the server here; each finding comes with its fix."""
+    from serve_app.doctor import examine
+
+    findings = list(examine(_settings(config), port=port))
+    for finding in findings:
+        mark = "[green]ok[/green]  " if finding.ok else "[red]FAIL[/red]"
+        out.print(f"{mark} {finding.subject}: {finding.detail}", highlight=False)
+    if not all(finding.ok for finding in findings):
+        raise typer.Exit(1)
+
+
+def _settings(config: Path | None) -> Settings:
+    if config is not None:
+        os.environ["VOICE_CLONE_CONFIG"] = str(config.resolve())
+    return load_settings()

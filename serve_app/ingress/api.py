@@ -1,0 +1,36 @@
+"""build_api: all dialects on one FastAPI application."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from serve_app.config import Settings
+from serve_app.handle import RouterHandle
+from serve_app.ingress import openai, ops, v3, voices
+from serve_app.ingress.guards import BodyLimit, RequestId
+from serve_app.ingress.problems import install_error_handlers
+
+
+def build_api(router: RouterHandle, settings: Settings) -> FastAPI:
+    """The whole HTTP surface over ``router``; anything with RouterHandle's methods will do."""
+    api = FastAPI(
+        title="Voice Clone TTS",
+        version=version("voice-clone-tts"),
+        summary="A few seconds of a voice and some text: it speaks the text in that voice.",
+    )
+    install_error_handlers(api)
+    api.include_router(openai.routes(router))
+    api.include_router(voices.routes(router))
+    api.include_router(v3.routes(router))
+    api.include_router(ops.routes(router))
+    # Added last runs first: the id is there before anything can be refused.
+    api.add_middleware(
+        BodyLimit,
+        json_bytes=settings.limits.max_body_bytes,
+        # The recording plus the other form fields and the multipart framing.
+        form_bytes=settings.voices.reference.max_upload_bytes + (64 << 10),
+    )
+    api.add_middleware(RequestId)
+    return api

@@ -1,0 +1,69 @@
+"""What every HTTP request passes before a route sees it: an id, and a limit on its body."""
+
+from __future__ import annotations
+
+import re
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from ulid import ULID
+
+from serve_app.errors import BodyTooLarge
+from serve_app.ingress.problems import error_response
+
+_CLEAN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestId:
+    """Know the request by an id: the ``X-Request-Id`` of the client or of Serve's proxy, or one made here.
+
+    The proxy returns the header and puts the id into every log line; doing so here would send it twice.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application with ``scope["state"]["request_id"]`` set."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        wanted = Headers(scope=scope).get("x-request-id", "")
+        scope.setdefault("state", {})["request_id"] = (
+            wanted if _CLEAN_ID.fullmatch(wanted) else f"req_{ULID()}"
+        )
+        await self._app(scope, receive, send)
+
+
+class BodyLimit:
+    """Refuse a body over the limit: by its declared length at once, else as soon as it has come that far."""
+
+    def __init__(self, app: ASGIApp, *, json_bytes: int, form_bytes: int) -> None:
+        self._app = app
+        self._json_bytes = json_bytes
+        self._form_bytes = form_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application with a ``receive`` that counts."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_form = headers.get("content-type", "").startswith("multipart/form-data")
+        limit = self._form_bytes if is_form else self._json_bytes
+        too_large = BodyTooLarge(f"The body is larger than {limit} bytes. Send less.")
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            await error_response(scope, too_large)(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise too_large
+            return message
+
+        await self._app(scope, receive_counted, send)

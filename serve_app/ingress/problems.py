@@ -1,0 +1,124 @@
+"""Errors on the wire: one internal error, the shape each dialect's clients read.
+
+- OpenAI and everything else: ``application/problem+json`` (RFC 9457) with the OpenAI ``error`` member.
+- v3 (``/api/``): ``{"success": false, "message", "error", "code"}`` with real status codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from serve_app.errors import (
+    InternalError,
+    InvalidJson,
+    InvalidRequest,
+    InvalidValue,
+    MethodNotAllowed,
+    MissingField,
+    RouteNotFound,
+    UnsupportedFormat,
+    VoiceCloneError,
+)
+
+logger = logging.getLogger("ray.serve")
+
+#: Codes of the v3 gateway, by ours where they are finer than the status.
+_V3_CODES = {
+    "voice_not_found": "VOICE_NOT_FOUND",
+    "model_not_found": "NODE_NOT_FOUND",
+    "engine_unavailable": "MODEL_NOT_LOADED",
+}
+_V3_CODES_BY_STATUS = {
+    401: "AUTH_ERROR",
+    403: "AUTH_ERROR",
+    429: "RATE_LIMIT_EXCEEDED",
+    503: "NO_AVAILABLE_NODE",
+}
+
+
+def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
+    """The response for ``error`` in the dialect of the path."""
+    request_id = scope.get("state", {}).get("request_id", "")
+    headers = {} if error.retryable else {"x-should-retry": "false"}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if scope["path"].startswith("/api/"):
+        default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
+        code = _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
+        body = {"success": False, "message": error.message, "error": error.message, "code": code}
+        return JSONResponse(body, error.status, headers)
+    return JSONResponse(
+        {
+            "type": f"urn:voice-clone-tts:error:{error.code}",
+            "title": error.title,
+            "status": error.status,
+            "detail": error.message,
+            "instance": request_id,
+            "error": {
+                "message": error.message,
+                "type": error.type,
+                "param": error.param,
+                "code": error.code,
+            },
+        },
+        error.status,
+        headers,
+        media_type="application/problem+json",
+    )
+
+
+def install_error_handlers(api: FastAPI) -> None:
+    """Give every way a request can fail one of our shapes."""
+
+    @api.exception_handler(VoiceCloneError)
+    async def ours(request: Request, error: VoiceCloneError) -> JSONResponse:
+        return error_response(request.scope, error)
+
+    @api.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(request.scope, from_validation(error))
+
+    @api.exception_handler(HTTPException)
+    async def framework(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(request.scope, _from_status(request, error.status_code))
+
+    @api.exception_handler(Exception)
+    async def defect(request: Request, error: Exception) -> JSONResponse:
+        logger.error("Defect while answering %s", request.scope["path"], exc_info=error)
+        return error_response(
+            request.scope,
+            InternalError("Something went wrong on our side. The log has the details under the request id."),
+        )
+
+
+def _from_status(request: Request, status: int) -> VoiceCloneError:
+    if status == 404:
+        return RouteNotFound("There is no such path. The routes are listed at GET /docs.")
+    if status == 405:
+        return MethodNotAllowed(f"{request.method} is not possible here. The routes are listed at GET /docs.")
+    return InvalidRequest("The request cannot be read. Check its headers and its body.")
+
+
+def from_validation(error: RequestValidationError) -> VoiceCloneError:
+    """The first finding as a typed error. The value that was sent is never repeated."""
+    finding = error.errors()[0]
+    # loc is ("body", field, …); pydantic adds the name of the union member it tried.
+    path = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
+    param = path[0] if path else None
+    kind = str(finding["type"])
+    if param is None or kind in ("json_invalid", "model_attributes_type"):
+        return InvalidJson("The body is not a JSON object. Send application/json.")
+    if kind == "missing":
+        return MissingField(f"'{param}' is missing. Add it to the request.", param=param)
+    if param in ("response_format", "output_format"):
+        return UnsupportedFormat(f"'{param}': {finding['msg']}.", param=param)
+    return InvalidValue(f"'{'.'.join(path)}': {finding['msg']}.", param=param)

@@ -1,0 +1,91 @@
+"""Voices over HTTP: ``/v1/audio/voices``, OpenAI's shapes plus the listing its SDK lacks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+
+from serve_app.handle import RouterHandle
+from serve_app.protocol import EnrolRequest
+from serve_app.voices.store import Voice
+
+
+def voice_object(voice: Voice) -> dict[str, Any]:
+    """A voice as clients see it."""
+    return {
+        "object": "audio.voice",
+        "id": voice.id,
+        "voice_id": voice.id,
+        "name": voice.name,
+        "type": "audio_sample",
+        "created_at": voice.created_at,
+        "language": voice.language or None,
+        "duration_s": round(voice.duration_s, 3),
+        "sample_rate": voice.sample_rate_hz,
+        "has_transcript": bool(voice.transcript),
+        "consent": voice.consent.model_dump() if voice.consent else None,
+        "warnings": list(voice.warnings),
+    }
+
+
+def routes(router: RouterHandle) -> APIRouter:
+    """Enrol, list, show and delete voices."""
+    api = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
+
+    @api.post("")
+    async def enrol(
+        request: Request,
+        audio_sample: Annotated[UploadFile, File(description="1 to 30 s of one speaker.")],
+        name: Annotated[str, Form(min_length=1, max_length=100)],
+        consent: Annotated[str, Form(max_length=2000, description="The speaker's consent statement.")] = "",
+        ref_text: Annotated[str, Form(max_length=2000, description="What is said in the sample.")] = "",
+        language: Annotated[str, Form(max_length=35, description="BCP-47.")] = "",
+        model: Annotated[str | None, Form(max_length=100)] = None,
+        replace: Annotated[bool, Form(description="Replace a voice of this name.")] = False,
+    ) -> dict[str, Any]:
+        """Make a voice of a recording."""
+        voice = await router.enrol(
+            EnrolRequest(
+                name=name,
+                audio=await audio_sample.read(),
+                consent=consent,
+                transcript=ref_text,
+                language=language,
+                model=model,
+                replace=replace,
+                request_id=request.state.request_id,
+            )
+        )
+        return voice_object(voice)
+
+    @api.get("")
+    async def list_voices(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[str | None, Query(max_length=200)] = None,
+    ) -> dict[str, Any]:
+        """Voices in order of enrolment."""
+        page = await router.voices(limit=limit, after=after)
+        voices = [voice_object(voice) for voice in page.voices]
+        return {
+            "object": "list",
+            "data": voices,
+            # Clients that predate OpenAI's list shape read this member.
+            "voices": voices,
+            "first_id": voices[0]["id"] if voices else None,
+            "last_id": voices[-1]["id"] if voices else None,
+            "has_more": page.has_more,
+        }
+
+    @api.get("/{voice}")
+    async def get_voice(voice: str) -> dict[str, Any]:
+        """One voice by id, name or alias."""
+        return voice_object(await router.voice(voice))
+
+    @api.delete("/{voice}")
+    async def delete_voice(voice: str) -> dict[str, Any]:
+        """Remove a voice and everything computed from it."""
+        gone = await router.delete_voice(voice)
+        return {"id": gone.id, "object": "audio.voice.deleted", "deleted": True}
+
+    return api

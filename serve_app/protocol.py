@@ -1,0 +1,139 @@
+"""The plain values that cross handle calls between ingress, router and replicas.
+
+Everything here pickles cheaply and means the same in every process. Audio travels as float32 arrays at the
+engine's own rate; encoding for a client happens in the ingress.
+
+A call to the router never raises what the caller did wrong: it answers ``Failure``, so that a bad request
+is not logged as a crash of the router, and the error arrives as itself and not wrapped by the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.contract import Conditioning, EngineError, Samples
+from serve_app.errors import VoiceCloneError
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechRequest:
+    """One text to speak in one voice, whatever dialect it came in."""
+
+    text: str
+    #: Id, name or alias of the voice.
+    voice: str
+    #: Served engine or alias; None is the default engine.
+    model: str | None = None
+    #: BCP-47 primary subtag; None lets the router find out.
+    language: str | None = None
+    speed: float = 1.0
+    #: None draws one; the answer says which.
+    seed: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = "public"
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeechStarted:
+    """First answer of a speech: what is speaking. Sent together with the first audio."""
+
+    engine: str
+    voice_id: str
+    language: str
+    sample_rate_hz: int
+    seed: int
+    utterances: int
+
+
+@dataclass(frozen=True, slots=True)
+class AudioFrame:
+    """The next samples of a speech, mono float32."""
+
+    samples: Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The call ended with this error; nothing follows."""
+
+    error: VoiceCloneError
+
+
+SpeechEvent = SpeechStarted | AudioFrame | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolRequest:
+    """A recording to make a voice of. ``audio`` is the upload as it came, unchecked."""
+
+    name: str
+    audio: bytes
+    consent: str = ""
+    transcript: str = ""
+    language: str = ""
+    #: Engine whose conditioning is computed at once; None is the default engine.
+    model: str | None = None
+    #: Replace a voice of this name instead of refusing.
+    replace: bool = False
+    owner: str = "public"
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceCall:
+    """One row of a batch on its way to a replica."""
+
+    #: Unique among all calls in flight: what ``abandon`` names.
+    call_id: str
+    text: str
+    language: str
+    conditioning: Conditioning
+    seed: int
+    speed: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RowAudio:
+    """Samples of one row of a batch on their way back; ``error`` ends the row."""
+
+    row: int
+    samples: Samples
+    last: bool
+    error: EngineError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What the router plans with: the card and what only a loaded replica knows."""
+
+    name: str
+    summary: str
+    languages: tuple[str, ...]
+    sample_rate_hz: int
+    max_utterance_chars: Mapping[str, int]
+    streams: bool
+    needs_transcript: bool
+    code_licence: str
+    weights_licence: str
+    hardware: str
+    options: tuple[str, ...]
+    slots: int
+    weights_fingerprint: str
+
+    def max_chars(self, language: str) -> int:
+        """Longest utterance in characters for ``language``."""
+        return self.max_utterance_chars.get(language, self.max_utterance_chars["*"])
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaActivity:
+    """Counters of one replica since it started, and the rows it works on now."""
+
+    rows_open: int
+    batches: int
+    largest_batch: int
+    chunks: int

@@ -1,0 +1,117 @@
+"""Conditioning of a voice for an engine: from memory, from the store, or computed once by the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from engines.contract import Conditioning, EngineError, Reference
+from serve_app.errors import VoiceCloneError, from_engine
+from serve_app.protocol import EngineFacts
+from serve_app.router.dispatch import EngineDispatch
+from serve_app.voices.store import Voice, VoiceStore
+
+logger = logging.getLogger("ray.serve")
+
+_Key = tuple[str, str, str]
+
+
+@dataclass(slots=True)
+class _Entry:
+    conditioning: Conditioning
+    read_at_s: float
+
+
+class ConditioningSource:
+    """Hands out conditioning; concurrent demand for the same one is served by one computation.
+
+    Entries live for ``ttl_s`` so that what another router refined is noticed, and the least recently used
+    leave when ``max_bytes`` is exceeded.
+    """
+
+    def __init__(self, store: VoiceStore, *, max_bytes: int, ttl_s: float) -> None:
+        self._store = store
+        self._max_bytes = max_bytes
+        self._ttl_s = ttl_s
+        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
+        self._pending: dict[_Key, asyncio.Task[Conditioning]] = {}
+        self._refining: set[asyncio.Task[None]] = set()
+
+    async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> Conditioning:
+        """Conditioning of ``voice`` for the weights in ``facts``."""
+        key = (voice.revision, facts.name, facts.weights_fingerprint)
+        entry = self._entries.get(key)
+        if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
+            self._entries.move_to_end(key)
+            return entry.conditioning
+        task = self._pending.get(key)
+        if task is None:
+            task = asyncio.create_task(self._load(key, voice, facts, engine))
+            self._pending[key] = task
+            task.add_done_callback(lambda _: self._pending.pop(key, None))
+        # One caller leaving must not stop the computation others wait for.
+        return await asyncio.shield(task)
+
+    async def _load(
+        self, key: _Key, voice: Voice, facts: EngineFacts, engine: EngineDispatch
+    ) -> Conditioning:
+        stored = await self._store.conditioning(voice, facts.name, facts.weights_fingerprint)
+        if stored is not None:
+            self._remember(key, stored)
+            return stored
+        reference = await self._store.reference(voice)
+        conditioning = await extract(engine, reference)
+        await self.keep(voice, conditioning)
+        self.refine_later(voice, reference, conditioning, engine)
+        return conditioning
+
+    async def keep(self, voice: Voice, conditioning: Conditioning) -> None:
+        """Remember and store. A store that cannot be written costs a warning: the voice works without."""
+        key = (voice.revision, conditioning.engine, conditioning.weights_fingerprint)
+        self._remember(key, conditioning)
+        try:
+            await self._store.put_conditioning(voice, conditioning)
+        except VoiceCloneError as error:
+            logger.warning("Conditioning of %s was not stored: %s", voice.id, error.code)
+
+    def refine_later(
+        self, voice: Voice, reference: Reference, conditioning: Conditioning, engine: EngineDispatch
+    ) -> None:
+        """Let the engine refine in the background; the result takes the place of ``conditioning``."""
+
+        async def refine() -> None:
+            try:
+                better = await engine.refine_voice(reference, conditioning)
+            except EngineError as error:
+                logger.warning("Conditioning of %s was not refined: %s", voice.id, error.message)
+                return
+            if better is not None:
+                await self.keep(voice, better)
+
+        task = asyncio.create_task(refine())
+        self._refining.add(task)
+        task.add_done_callback(self._refining.discard)
+
+    def forget(self, voice: Voice) -> None:
+        """Drop everything about a voice."""
+        for key in [key for key in self._entries if key[0] == voice.revision]:
+            del self._entries[key]
+
+    def _remember(self, key: _Key, conditioning: Conditioning) -> None:
+        self._entries[key] = _Entry(conditioning, time.monotonic())
+        self._entries.move_to_end(key)
+        held_bytes = sum(entry.conditioning.size_bytes for entry in self._entries.values())
+        while held_bytes > self._max_bytes and len(self._entries) > 1:
+            _, oldest = self._entries.popitem(last=False)
+            held_bytes -= oldest.conditioning.size_bytes
+
+
+async def extract(engine: EngineDispatch, reference: Reference) -> Conditioning:
+    """Conditioning of a reference; what the engine refuses is raised as the client's error."""
+    try:
+        return await engine.extract_voice(reference)
+    except EngineError as error:
+        raise from_engine(error) from error

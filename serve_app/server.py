@@ -1,0 +1,133 @@
+"""Run the graph from a terminal: checks first, then Ray, then Serve, then wait for a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray._common.utils import get_default_ray_temp_dir
+from ray.serve.config import HTTPOptions, ProxyLocation
+from rich.console import Console
+
+from serve_app.app import APP_NAME, build_app
+from serve_app.config import ConfigError, Settings, load_settings
+from serve_app.voices.store import VoiceStore
+
+
+def prepare_environment() -> None:
+    """Ray settings for a cluster that this process starts. What the user has set stays.
+
+    Ray asks for a token by itself in a cluster started here (it writes one to ``~/.ray``); setting
+    ``RAY_AUTH_MODE`` after Ray was imported would only make its parts disagree.
+    """
+    # Workers run at nice 15 by default: on a shared machine speech would stutter.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Each engine replica is a process of its own: libraries that all take every core get in the way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ``ConfigError`` if the port cannot be listened on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"Port {port} on {host} cannot be used ({error.strerror}). "
+                f"Stop what listens there, or choose another with --port."
+            ) from error
+
+
+def check_ray(address: str) -> None:
+    """Raise ``ConfigError`` if starting Ray here would surprise the user."""
+    other = os.environ.get("RAY_ADDRESS")
+    if other and address == "local":
+        raise ConfigError(
+            f"RAY_ADDRESS points to {other}. "
+            f"Unset it to start Ray here, or pass --address {other} to join it."
+        )
+    running = running_cluster()
+    if running and address == "local":
+        raise ConfigError(
+            f"Ray is already running on this machine at {running}. "
+            f"Pass --address {running} to join it, or stop it with 'ray stop'."
+        )
+
+
+def running_cluster() -> str | None:
+    """Address of a Ray head that answers on this machine, if there is one."""
+    try:
+        # Written by whoever starts a cluster; names the newest one on this machine.
+        address = (Path(get_default_ray_temp_dir()) / "ray_current_cluster").read_text().strip()
+        host, port = address.rsplit(":", 1)
+        with socket.create_connection((host, int(port)), timeout=1.0):
+            return address
+    except (OSError, ValueError):
+        # No file, a stale file or a dead head: nothing runs.
+        return None
+
+
+def ensure_graph(settings: Settings | None = None) -> None:
+    """Have a graph in reach of this process: the one that runs, or a new one. For notebooks and scripts.
+
+    Joins a Ray that runs on this machine or at ``RAY_ADDRESS``, else starts one. A new graph is reached by
+    handle only (``serve_app.client.HandleClient``): no port is opened.
+    """
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS") or running_cluster() or "local"
+        if address == "local":
+            prepare_environment()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    if APP_NAME not in serve.status().applications:
+        serve.start(proxy_location=ProxyLocation.Disabled)
+        serve.run(build_app(settings or load_settings()), name=APP_NAME)
+
+
+def run_server(settings: Settings, *, host: str, port: int, address: str, console: Console) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ``ConfigError`` for what the user can mend."""
+    check_ray(address)
+    check_port(host, port)
+    asyncio.run(VoiceStore.open(settings.voices.store).check())
+    if address == "local":
+        prepare_environment()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with console.status("Starting Ray…"):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except ConnectionError as error:
+            raise ConfigError(
+                f"No Ray answers at {address}. Check the address, or pass --address local."
+            ) from error
+    try:
+        with console.status("Loading engines…"):
+            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
+            serve.run(build_app(settings), name=APP_NAME)
+        # `serve.run` installs its own handlers; ours must be the last word.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        console.print(f"Voice Clone TTS listens on http://{host}:{port} ({', '.join(settings.engines)}).")
+        console.print("Stop with Ctrl-C.")
+        stop.wait()
+    finally:
+        with console.status("Finishing running speeches…"):
+            if address == "local":
+                serve.shutdown()  # type: ignore[no-untyped-call]
+            else:
+                serve.delete(APP_NAME)
+            ray.shutdown()

@@ -1,0 +1,95 @@
+"""One local Ray with one served graph for all tests of this folder."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+
+from serve_app.app import APP_NAME, build_app
+from serve_app.config import Settings
+from serve_app.protocol import ReplicaActivity
+from serve_app.server import prepare_environment
+from tests.speech import noisy_tone, wav_bytes
+
+SETTINGS = {
+    "engines": {
+        "tone": {"config": {"slots": 4, "step_s": 0.005}, "replicas": {"num_cpus": 0.1}},
+        # Slow enough that a client can leave in the middle and that requests meet in a batch.
+        "slow": {"engine": "tone", "config": {"slots": 4, "step_s": 0.1}, "replicas": {"num_cpus": 0.1}},
+        "pair": {
+            "engine": "tone",
+            "config": {"step_s": 0.02},
+            "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
+        },
+        "mosaic": {"replicas": {"num_cpus": 0.1}},
+    },
+    "model_aliases": {"quick": "tone"},
+    "limits": {"first_audio_timeout_s": 20},
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where the graph under test listens, and how to talk to it."""
+
+    url: str
+    store: Path
+    http: httpx.Client
+    openai: OpenAI
+
+
+def free_port() -> int:
+    """A port nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The served graph, with a voice called ``anna``."""
+    prepare_environment()
+    store = tmp_path_factory.mktemp("store")
+    settings = {**SETTINGS, "voices": {"store": str(store), "aliases": {"alloy": "anna"}}}
+    port = free_port()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port)
+        )
+        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME)
+        url = f"http://127.0.0.1:{port}"
+        openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        with httpx.Client(base_url=url, timeout=60) as http:
+            sample = {"audio_sample": ("anna.wav", wav_bytes(noisy_tone(180.0)))}
+            http.post("/v1/audio/voices", data={"name": "anna"}, files=sample).raise_for_status()
+            yield Server(url, store, http, openai)
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
+
+
+def activity(engine: str) -> list[ReplicaActivity]:
+    """What each replica of an engine does and has done."""
+    handle = serve.get_deployment_handle(f"engine-{engine}", app_name=APP_NAME)
+    answers: list[ReplicaActivity] = handle.broadcast("activity").results()
+    return answers
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    """Wait until ``condition`` holds; fail if it never does."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "the condition never held"
+        time.sleep(0.05)
