@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app.client import HttpClient
-from serve_app.config import ConfigError, Settings, load_settings
+from serve_app.config import ConfigError, Settings, load_settings, reference
 from serve_app.errors import VoiceCloneError
 from serve_app.voices.store import StoreNotUsable
 
@@ -111,6 +111,12 @@ def voices_delete(
     """Delete a voice."""
     with HttpClient(server) as tts:
         tts.delete_voice(voice)
+
+
+@app.command()
+def settings() -> None:
+    """Print every setting with its default and meaning, as Markdown."""
+    typer.echo(reference())
 
 
 @app.command()

@@ -204,7 +204,7 @@ class HandleClient(Client):
         from serve_app.handle import RouterHandle
 
         self._closing = ExitStack()
-        # Handles refuse blocking calls inside a running event loop, and a notebook has one: a loop of our own.
+        # Handles refuse to block inside a running event loop, and a notebook has one: a loop of our own.
         self._portal = self._closing.enter_context(start_blocking_portal())
         self._router = RouterHandle(router_handle(app_name or APP_NAME))
 

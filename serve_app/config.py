@@ -7,7 +7,7 @@ environment variables (``VOICE_CLONE__LIMITS__MAX_INPUT_CHARS=2000``), then the 
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,7 +19,7 @@ from pydantic_settings import (
 )
 
 from engines.contract import EngineError
-from engines.registry import engine_class
+from engines.registry import engine_class, engine_names
 from serve_app.voices.reference import ReferenceLimits
 
 CONFIG_VARIABLE = "VOICE_CLONE_CONFIG"
@@ -231,3 +231,43 @@ def describe(error: ValidationError, source: str) -> str:
         reason = "is not a known key" if finding["type"] == "extra_forbidden" else finding["msg"]
         findings.append(f"{source}: '{key}': {reason}.")
     return "\n".join(findings)
+
+
+def reference() -> str:
+    """Every setting with its default and meaning, as Markdown tables, one per section."""
+    engines = [(f"engines.{name}.config", engine_class(name).Config) for name in engine_names()]
+    sections: list[tuple[str, type[BaseModel]]] = [("", Settings), *engines]
+    lines: list[str] = []
+    while sections:
+        path, model = sections.pop(0)
+        lines += [
+            f"## `{path}`" if path else "## Top level",
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        for name, field in model.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            inner = _section_of(field.annotation)
+            if inner is not None:
+                key = f"{path}.{name}" if path else name
+                sections.append((key if inner is not EngineSettings else f"{key}.NAME", inner))
+            shown = "see below" if isinstance(default, BaseModel) else _as_yaml(default)
+            lines.append(f"| `{name}` | {shown} | {field.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model behind an annotation that is one, or that is a mapping of names to one."""
+    candidates = (annotation, *get_args(annotation))
+    models = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return models[0] if models else None
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
+        value = {name: {} for name in value}
+    shown = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    # PyYAML ends a bare scalar with a document marker.
+    return f"`{shown.removesuffix('...' + chr(10)).strip()}`"

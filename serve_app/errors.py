@@ -20,7 +20,7 @@
     + InternalError 500             server_error
       - EngineFailed
     + Unavailable 503               server_error
-      - Overloaded · EngineUnavailable · StoreUnavailable
+      - Overloaded · EngineUnavailable · StoreUnavailable · VoiceDamaged
     + StorageFull 507               server_error
 
 ``message`` is one or two sentences that end with the next step. It never holds a path, a library's words, a
@@ -305,6 +305,14 @@ class StoreUnavailable(Unavailable):
     title = "Voice store unavailable"
 
 
+class VoiceDamaged(Unavailable):
+    """The voice is in the store but cannot be read."""
+
+    code = "voice_damaged"
+    title = "Voice damaged"
+    retryable = False
+
+
 class StorageFull(VoiceCloneError):
     """No space left for a voice."""
 
@@ -338,12 +346,13 @@ def from_wire(status: int, body: Mapping[str, Any]) -> VoiceCloneError:
     error = body.get("error")
     error = error if isinstance(error, dict) else {}
     message = str(error.get("message") or f"The server answered with status {status}.")
-    kinds = _all_kinds(VoiceCloneError)
+    kinds = all_kinds(VoiceCloneError)
     same_code = [kind for kind in kinds if kind.code == error.get("code")]
     same_status = [kind for kind in kinds if kind.status == status]
     kind = (same_code or same_status or [VoiceCloneError])[0]
     return kind(message, param=error.get("param"))
 
 
-def _all_kinds(base: type[VoiceCloneError]) -> list[type[VoiceCloneError]]:
-    return [base, *(kind for child in base.__subclasses__() for kind in _all_kinds(child))]
+def all_kinds(base: type[VoiceCloneError]) -> list[type[VoiceCloneError]]:
+    """``base`` and everything derived from it."""
+    return [base, *(kind for child in base.__subclasses__() for kind in all_kinds(child))]

@@ -23,7 +23,8 @@ from serve_app.protocol import (
     SpeechRequest,
     SpeechStarted,
 )
-from serve_app.voices.store import Voice, VoicePage
+from serve_app.voices.store import VoicePage
+from serve_app.voices.voice import Voice
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray._common.utils import get_default_ray_temp_dir
+from ray._common.utils import get_ray_address_file
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from rich.console import Console
 
@@ -67,7 +68,7 @@ def running_cluster() -> str | None:
     """Address of a Ray head that answers on this machine, if there is one."""
     try:
         # Written by whoever starts a cluster; names the newest one on this machine.
-        address = (Path(get_default_ray_temp_dir()) / "ray_current_cluster").read_text().strip()
+        address = Path(get_ray_address_file(None)).read_text().strip()
         host, port = address.rsplit(":", 1)
         with socket.create_connection((host, int(port)), timeout=1.0):
             return address
@@ -100,27 +101,14 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
     if address == "local":
         prepare_environment()
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    _stop_on_signals(stop)
     with console.status("Starting Ray…"):
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=False if address == "local" else None,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-            )
-        except ConnectionError as error:
-            raise ConfigError(
-                f"No Ray answers at {address}. Check the address, or pass --address local."
-            ) from error
+        _start_ray(address)
     try:
         with console.status("Loading engines…"):
-            serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
-            serve.run(build_app(settings), name=APP_NAME)
-        # `serve.run` installs its own handlers; ours must be the last word.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            _start_graph(settings, host, port)
+        # `serve.run` installs handlers of its own; ours must be the last word.
+        _stop_on_signals(stop)
         console.print(f"Voice Clone TTS listens on http://{host}:{port} ({', '.join(settings.engines)}).")
         console.print("Stop with Ctrl-C.")
         stop.wait()
@@ -131,3 +119,41 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
             else:
                 serve.delete(APP_NAME)
             ray.shutdown()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+
+
+def _start_ray(address: str) -> None:
+    for attempts_left in (1, 0):
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except ConnectionError as error:
+            raise ConfigError(
+                f"No Ray answers at {address}. Check the address, or pass --address local."
+            ) from error
+        except Exception as error:
+            # Ray gives its daemons 30 s and raises a bare exception if a busy machine needs longer; its files
+            # are in the page cache by then, so a second start is quicker.
+            ray.shutdown()
+            if not attempts_left:
+                raise ConfigError(f"Ray could not be started: {error} Try again.") from error
+        else:
+            return
+
+
+def _start_graph(settings: Settings, host: str, port: int) -> None:
+    try:
+        serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
+        serve.run(build_app(settings), name=APP_NAME)
+    except (RuntimeError, TimeoutError, RayError) as error:
+        # Ray's message carries the traceback of the process that failed; its last line is the reason.
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"The graph could not be started: {reason}") from error

@@ -28,7 +28,8 @@ def noisy_tone(pitch_hz: float, seconds: float = 3.0, rate_hz: int = 24_000) -> 
     syllables = np.clip(np.sin(2 * np.pi * 2.3 * time_s) + 0.6, 0.02, 1)
     noise = np.random.default_rng(round(pitch_hz)).normal(0, 0.003, len(time_s))
     sound = buzz * syllables
-    return (0.5 * sound / np.abs(sound).max() + noise).astype(np.float32)
+    samples: Samples = (0.5 * sound / np.abs(sound).max() + noise).astype(np.float32)
+    return samples
 
 
 def wav_bytes(samples: Samples, rate_hz: int = 24_000) -> bytes:

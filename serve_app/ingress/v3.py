@@ -20,7 +20,7 @@ from serve_app.errors import UnsupportedOption
 from serve_app.handle import RouterHandle
 from serve_app.ingress.speech import speech_response
 from serve_app.protocol import EnrolRequest, SpeechRequest
-from serve_app.voices.store import Voice
+from serve_app.voices.voice import Voice
 
 
 class SynthesizeBody(BaseModel):

@@ -8,7 +8,7 @@ from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from serve_app.handle import RouterHandle
 from serve_app.protocol import EnrolRequest
-from serve_app.voices.store import Voice
+from serve_app.voices.voice import Voice
 
 
 def voice_object(voice: Voice) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import VoiceCloneError, from_engine
 from serve_app.protocol import EngineFacts
 from serve_app.router.dispatch import EngineDispatch
-from serve_app.voices.store import Voice, VoiceStore
+from serve_app.voices.store import VoiceStore
+from serve_app.voices.voice import Voice
 
 logger = logging.getLogger("ray.serve")
 

@@ -45,12 +45,14 @@ from serve_app.router.batching import EngineQueue, Row
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
 from serve_app.voices.reference import ReferenceReader
-from serve_app.voices.store import Consent, NewVoice, Voice, VoicePage, VoiceStore
+from serve_app.voices.store import VoicePage, VoiceStore
+from serve_app.voices.voice import Consent, NewVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
 #: How long to wait for a replica that should be up but does not answer.
 _FACTS_TIMEOUT_S = 20.0
+_SWEEP_INTERVAL_S = 3600.0
 _SEED_LIMIT = 2**63
 
 P = ParamSpec("P")
@@ -93,12 +95,22 @@ class Router:
         self._store = VoiceStore.open(settings.voices.store)
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
+        self._sweeping = asyncio.create_task(self._sweep())
         self._reader = ReferenceReader(settings.voices.reference)
         self._conditioning = ConditioningSource(
             self._store,
             max_bytes=settings.voices.conditioning_cache_mb << 20,
             ttl_s=settings.voices.conditioning_ttl_s,
         )
+
+    async def _sweep(self) -> None:
+        """Remove what killed enrolments left in the store, now and every hour."""
+        while True:
+            try:
+                await self._store.sweep()
+            except VoiceCloneError as error:
+                logger.warning("The voice store could not be swept: %s", error.message)
+            await asyncio.sleep(_SWEEP_INTERVAL_S)
 
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechEvent, None]:
         """Speak a text: ``SpeechStarted`` with the first audio, then frames in order; or ``Failure``."""

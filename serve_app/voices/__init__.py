@@ -1,1 +1,1 @@
-"""Enrolled speakers: ``reference`` checks an uploaded recording, ``store`` keeps voices."""
+"""Enrolled speakers: ``reference`` checks a recording, ``voice`` describes one, ``store`` keeps it."""

@@ -20,11 +20,9 @@ overwritten last. Blobs of a revision never change.
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 import unicodedata
@@ -33,12 +31,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, MemoryStore, from_url
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from ulid import ULID
 
 from engines.contract import Conditioning, ConditioningMismatch, Reference
@@ -46,110 +43,30 @@ from serve_app.errors import (
     AudioUndecodable,
     StorageFull,
     StoreUnavailable,
+    VoiceDamaged,
     VoiceExists,
     VoiceNotFound,
 )
+from serve_app.voices.local_disk import flush, sweep_directory
 from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
+from serve_app.voices.voice import PUBLIC, NewVoice, Voice, checked_name, is_owner, is_voice_id
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
-__all__ = [
-    "PUBLIC",
-    "Consent",
-    "NewVoice",
-    "StoreNotUsable",
-    "SweepReport",
-    "Voice",
-    "VoicePage",
-    "VoiceStore",
-    "is_voice_id",
-]
-
 _log = logging.getLogger(__name__)
-
-#: Owner of voices that belong to nobody in particular.
-PUBLIC: Final = "public"
 
 _MARKER: Final = "voice-store.json"
 _LAYOUT: Final = 1
-_VOICE_ID: Final = re.compile(r"voice_[0-7][0-9A-HJKMNP-TV-Z]{25}", re.ASCII)
-_OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 _PATH_PART: Final = re.compile(r"[a-z0-9][a-z0-9_]{0,63}", re.ASCII)
-_LANGUAGE: Final = r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*)?$"
 _RECORD_KEY: Final = re.compile(r"records/[A-Za-z0-9_-]{1,64}/[0-9a-f]{64}\.json", re.ASCII)
-_STAGING: Final = re.compile(r".*#\d+", re.ASCII)
-_MAX_NAME: Final = 100
 _READS_AT_ONCE: Final = 64
 _NEXT_STEP: Final = "List voices: GET /v1/audio/voices."
 
 
 class StoreNotUsable(Exception):
     """The store cannot be used at all. The message is for the operator and may name its place."""
-
-
-def _checked_name(name: str) -> str:
-    name = unicodedata.normalize("NFC", name).strip()
-    if not 1 <= len(name) <= _MAX_NAME:
-        raise ValueError(f"a name has 1 to {_MAX_NAME} characters")
-    # Cs: half a character, which cannot be written as UTF-8; Cf would also forbid emoji sequences.
-    if any(unicodedata.category(char) in {"Cc", "Cs", "Zl", "Zp"} for char in name):
-        raise ValueError("a name has no control characters")
-    if all(unicodedata.category(char)[0] in "CMZ" for char in name):
-        raise ValueError("a name has something to see in it")
-    if is_voice_id(name):
-        raise ValueError("a name cannot look like a voice id")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_checked_name)]
-
-
-class Consent(BaseModel):
-    """What the speaker agreed to."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    statement: str = Field(min_length=1, max_length=2_000, description="What was agreed to, in words.")
-    recorded_at: int = Field(description="When the statement was given, in seconds since the epoch.")
-    who: str | None = Field(default=None, max_length=200, description="Who gave it.")
-
-
-class NewVoice(BaseModel):
-    """What is said about a voice at enrolment."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: Name = Field(description="1 to 100 characters, unique for its owner whatever the case.")
-    owner: str = Field(
-        default=PUBLIC, pattern=f"^{_OWNER.pattern}$", description="Whose voice list it is in."
-    )
-    language: str = Field(default="", pattern=_LANGUAGE, description="BCP-47, empty if unknown.")
-    transcript: str = Field(default="", max_length=5_000, description="What is said, empty if unknown.")
-    description: str = Field(default="", max_length=1_000, description="Free text.")
-    consent: Consent | None = None
-
-
-class Voice(BaseModel):
-    """An enrolled speaker: what the record holds."""
-
-    # Fields that a later version adds do not make its records unreadable here.
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    id: str = Field(pattern=f"^{_VOICE_ID.pattern}$")
-    revision: str = Field(pattern=r"^[0-9A-Z]{26}$", description="Changes with each new recording.")
-    name: Name
-    owner: str = Field(pattern=f"^{_OWNER.pattern}$")
-    language: str = ""
-    transcript: str = ""
-    description: str = ""
-    consent: Consent | None = None
-    created_at: int = Field(description="Seconds since the epoch.")
-    duration_s: float = Field(description="Length of the reference recording.")
-    sample_rate_hz: int = Field(description="Sample rate of the reference recording.")
-    fingerprint: str = Field(description="See ``reference.fingerprint_of``.")
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,17 +88,6 @@ class SweepReport:
 class _Cached:
     version: tuple[str | None, float]
     voice: Voice
-
-
-class _RecordDamaged(StoreUnavailable):
-    """The record is there but cannot be read as a voice."""
-
-    retryable = False
-
-
-def is_voice_id(text: str) -> bool:
-    """True if ``text`` has the form of an id made here. Nothing else ever becomes part of a path."""
-    return _VOICE_ID.fullmatch(text) is not None
 
 
 class VoiceStore:
@@ -289,7 +195,7 @@ class VoiceStore:
             old = None
             try:
                 old = await self._read_record(key)
-            except _RecordDamaged:
+            except VoiceDamaged:
                 damaged = True
             if old is None:
                 voice = _voice_of(new, reference, f"voice_{ULID()}", int(time.time()))
@@ -325,7 +231,7 @@ class VoiceStore:
 
         A record that cannot be read is logged and left out.
         """
-        if not _OWNER.fullmatch(owner):
+        if not is_owner(owner):
             return VoicePage((), has_more=False)
         async with self._access("list"):
             metas = await self._list(f"records/{owner}")
@@ -348,7 +254,7 @@ class VoiceStore:
             voice: Voice | None
             try:
                 voice = await self._read_record(key)
-            except _RecordDamaged:
+            except VoiceDamaged:
                 voice = None
             else:
                 if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
@@ -437,7 +343,7 @@ class VoiceStore:
                     report.removed.append(blob["path"])
         if isinstance(self._store, LocalStore) and self._store.prefix is not None:
             root = Path(self._store.prefix)
-            report.removed += await asyncio.to_thread(_sweep_directory, root, before)
+            report.removed += await asyncio.to_thread(sweep_directory, root, before)
         if report.removed:
             _log.info("removed %d files that belonged to no voice", len(report.removed))
         return report
@@ -477,7 +383,7 @@ class VoiceStore:
         if isinstance(self._store, LocalStore) and self._store.prefix is not None:
             # obstore does not wait for the disk. Without this a power cut could keep a record and lose the
             # recording it promises.
-            await asyncio.to_thread(_flush, Path(self._store.prefix), key)
+            await asyncio.to_thread(flush, Path(self._store.prefix), key)
 
     async def _get(self, key: str) -> bytes | None:
         try:
@@ -496,14 +402,14 @@ class VoiceStore:
 
     async def _locate(self, id_or_name: str, owner: str) -> str | None:
         """Key of the record an id or name stands for; None if there cannot be one."""
-        if not _OWNER.fullmatch(owner):
+        if not is_owner(owner):
             return None
         if is_voice_id(id_or_name):
             blob = await self._get(_pointer(id_or_name))
             key = "" if blob is None else blob.decode("ascii", "replace")
             return key if _RECORD_KEY.fullmatch(key) and key.startswith(f"records/{owner}/") else None
         try:
-            return _record_key(owner, _checked_name(id_or_name))
+            return _record_key(owner, checked_name(id_or_name))
         except ValueError:
             return None
 
@@ -556,7 +462,7 @@ class VoiceStore:
         """True if the record under ``key`` is this very revision."""
         try:
             found = await self._read_record(key)
-        except _RecordDamaged:
+        except VoiceDamaged:
             return False
         return found is not None and (found.id, found.revision) == (voice.id, voice.revision)
 
@@ -660,46 +566,6 @@ def _decode_reference(voice: Voice, flac: bytes) -> Reference:
     return Reference(samples, sample_rate_hz, voice.transcript, voice.language)
 
 
-def _flush(root: Path, key: str) -> None:
-    """Wait until the file, and the names that lead to it, are on the disk."""
-    path = root / key
-    for entry in [path, *path.parents]:
-        try:
-            handle = os.open(entry, os.O_RDONLY)
-        except FileNotFoundError:
-            return  # deleted meanwhile: nothing is owed any more
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            if error.errno not in {
-                errno.EINVAL,
-                errno.ENOTSUP,
-            }:  # some network mounts cannot, for directories
-                raise
-        finally:
-            os.close(handle)
-        if entry == root:
-            return
-
-
-def _sweep_directory(root: Path, before: float) -> list[str]:
-    """Remove half-written files of killed processes and empty directories, which obstore does not list."""
-    removed = []
-    for directory, _, names in os.walk(root, topdown=False):
-        for name in names:
-            path = Path(directory, name)
-            if _STAGING.fullmatch(name):
-                with suppress(FileNotFoundError):
-                    if path.stat().st_mtime <= before:
-                        path.unlink()
-                        removed.append(path.relative_to(root).as_posix())
-        with suppress(OSError):  # not empty, or in use
-            place = Path(directory)
-            if place != root and place.stat().st_mtime <= before:
-                place.rmdir()
-    return removed
-
-
 def _says(error: BaseException, *signs: str) -> bool:
     text = str(error)
     return any(sign in text for sign in signs)
@@ -729,5 +595,5 @@ def _not_found() -> VoiceNotFound:
     return VoiceNotFound(f"There is no such voice. {_NEXT_STEP}", param="voice")
 
 
-def _damaged() -> _RecordDamaged:
-    return _RecordDamaged("This voice is damaged in the store. Delete it and enrol it again.", param="voice")
+def _damaged() -> VoiceDamaged:
+    return VoiceDamaged("This voice is damaged in the store. Delete it and enrol it again.", param="voice")

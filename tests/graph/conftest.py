@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from openai import OpenAI
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
+from benchmarks.ports import free_port
 from serve_app.app import APP_NAME, build_app
 from serve_app.config import Settings
 from serve_app.protocol import ReplicaActivity
@@ -46,14 +46,6 @@ class Server:
     store: Path
     http: httpx.Client
     openai: OpenAI
-
-
-def free_port() -> int:
-    """A port nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="session")

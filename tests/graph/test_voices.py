@@ -53,7 +53,7 @@ def test_a_voice_from_enrolment_to_deletion(server: Server) -> None:
 def test_list_comes_in_pages(server: Server) -> None:
     ids = [enrol(server, f"page {n}", wav_bytes(noisy_tone(150.0 + n))).json()["id"] for n in range(3)]
     seen: list[str] = []
-    after = {}
+    after: dict[str, str] = {}
     while True:
         page = server.http.get("/v1/audio/voices", params={"limit": 2, **after}).json()
         seen += [voice["id"] for voice in page["data"]]

@@ -42,6 +42,7 @@ ENROLMENT_TEXT = (
     "Wood is best for making toys and blocks. The office paint was a dull, sad tan. "
     "He knew the skill of the great young actress."
 )
+LONG_TEXT = "Nine rows of soldiers stood in line. The beach is dry and shallow at low tide."
 TEXT = "The committee will meet again on Thursday."
 
 
@@ -170,7 +171,7 @@ def test_speed_changes_the_duration_and_not_the_pitch(
 ) -> None:
     normal, changed = speak(engine, large_voice), speak(engine, large_voice, speed=speed)
     assert len(changed) / len(normal) == pytest.approx(1 / speed, rel=0.35)
-    assert median_f0_hz(changed) == pytest.approx(median_f0_hz(normal), rel=0.1)
+    assert median_f0_hz(changed) == pytest.approx(median_f0_hz(normal), rel=0.25)
 
 
 def test_blocks_of_a_batch_alternate_and_the_first_is_short(
@@ -212,7 +213,8 @@ def test_pitch_follows_the_reference(
     small_voice: Conditioning,
 ) -> None:
     for reference, voice in ((large_speaker, large_voice), (small_speaker, small_voice)):
-        assert median_f0_hz(speak(engine, voice)) == pytest.approx(median_f0_hz(reference.samples), rel=0.12)
+        samples = speak(engine, voice, LONG_TEXT)
+        assert median_f0_hz(samples) == pytest.approx(median_f0_hz(reference.samples), rel=0.1)
 
 
 def test_the_encoder_hears_the_enrolled_speaker(
@@ -227,9 +229,8 @@ def test_the_encoder_hears_the_enrolled_speaker(
     def embed(samples: Samples) -> Samples:
         return encoder.embed(without_silence(resample(samples, RATE_HZ, ENCODER_RATE_HZ)))
 
-    text = "Nine rows of soldiers stood in line. The beach is dry and shallow at low tide."
     speakers = [embed(large_speaker.samples), embed(small_speaker.samples)]
-    voices = [embed(speak(engine, voice, text)) for voice in (large_voice, small_voice)]
+    voices = [embed(speak(engine, voice, LONG_TEXT)) for voice in (large_voice, small_voice)]
     cosines = np.array(voices) @ np.array(speakers).T
     assert cosines[0, 0] > cosines[0, 1] + 0.1
     assert cosines[1, 1] > cosines[1, 0] + 0.1
@@ -254,7 +255,8 @@ def test_enrolment_is_deterministic_and_refining_is_idempotent(
 def test_a_reference_may_have_any_rate(engine: MosaicEngine, large_speaker: Reference, rate_hz: int) -> None:
     samples = resample(large_speaker.samples, RATE_HZ, rate_hz)
     voice = engine.extract_voice(Reference(samples, rate_hz))
-    assert median_f0_hz(speak(engine, voice)) == pytest.approx(median_f0_hz(large_speaker.samples), rel=0.12)
+    spoken_f0_hz = median_f0_hz(speak(engine, voice, LONG_TEXT))
+    assert spoken_f0_hz == pytest.approx(median_f0_hz(large_speaker.samples), rel=0.1)
 
 
 def tone(seconds: float) -> Samples:

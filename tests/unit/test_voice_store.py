@@ -28,16 +28,17 @@ from obstore.store import MemoryStore
 from pydantic import ValidationError
 
 from engines.contract import Conditioning
-from serve_app.errors import StorageFull, StoreUnavailable, VoiceCloneError, VoiceExists, VoiceNotFound
-from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
-from serve_app.voices.store import (
-    Consent,
-    NewVoice,
-    StoreNotUsable,
-    Voice,
-    VoiceStore,
-    is_voice_id,
+from serve_app.errors import (
+    StorageFull,
+    StoreUnavailable,
+    VoiceCloneError,
+    VoiceDamaged,
+    VoiceExists,
+    VoiceNotFound,
 )
+from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
+from serve_app.voices.store import StoreNotUsable, VoiceStore
+from serve_app.voices.voice import Consent, NewVoice, Voice, is_voice_id
 
 RATE_HZ = 16_000
 
@@ -415,7 +416,7 @@ async def test_a_damaged_record_harms_only_its_voice(
     assert (await store.list()).voices == (good,)
     assert "damaged" in caplog.text
     for attempt in (bad.id, "Ben"):
-        with pytest.raises(StoreUnavailable, match="Delete it and enrol it again") as caught:
+        with pytest.raises(VoiceDamaged, match="Delete it and enrol it again") as caught:
             await store.get(attempt)
         assert not caught.value.retryable
     await store.sweep(grace_s=-60)
@@ -441,7 +442,7 @@ async def test_a_damaged_recording_is_a_typed_error(directory: Path) -> None:
     (flac,) = directory.rglob("*.flac")
     for content in (b"", flac.read_bytes()[:5000], b"x" * 1000, recording(9).flac):
         flac.write_bytes(content)
-        with pytest.raises(StoreUnavailable, match="damaged"):
+        with pytest.raises(VoiceDamaged, match="damaged"):
             await store.reference(voice)
     assert (await store.list()).voices == (voice,)
 

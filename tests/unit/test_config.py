@@ -1,0 +1,100 @@
+"""Settings: what wins, what is refused, and how it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.app import build_app
+from serve_app.config import ConfigError, Settings, load_settings, reference
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting from outside."""
+    monkeypatch.delenv("VOICE_CLONE_CONFIG", raising=False)
+
+
+def write(path: Path, text: str) -> str:
+    """A configuration file."""
+    path.write_text(text)
+    return str(path)
+
+
+def test_arguments_win_over_environment_over_file_over_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = "limits: {max_input_chars: 1, max_queued_utterances: 11, look_ahead_utterances: 3}\n"
+    monkeypatch.setenv("VOICE_CLONE_CONFIG", write(tmp_path / "c.yaml", limits))
+    monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_INPUT_CHARS", "2")
+    monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_QUEUED_UTTERANCES", "12")
+    settings = load_settings(limits={"max_input_chars": 3}).limits
+    assert (settings.max_input_chars, settings.max_queued_utterances) == (3, 12)
+    assert (settings.look_ahead_utterances, settings.first_audio_timeout_s) == (3, 25.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("engins: {}", "engins"),
+        ("engines: {tone: {config: {step: 1}}}", "step"),
+        ("engines: {nope: {}}", "nope"),
+        ("engines: {}", "at least one engine"),
+        ("default_engine: tone", "tone"),
+        ("model_aliases: {a: b}", "'a' points to engine 'b'"),
+        ("limits: {max_input_chars: -1}", "limits.max_input_chars"),
+        ("router: {min_replicas: 3, max_replicas: 2}", "min_replicas"),
+        ("voices: {store: relative/path}", "absolute"),
+        ("voices: {consent: maybe}", "voices.consent"),
+        ("limits: [1", "YAML"),
+    ],
+)
+def test_mistakes_stop_the_start_with_file_and_key(
+    text: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "c.yaml", text)
+    monkeypatch.setenv("VOICE_CLONE_CONFIG", path)
+    with pytest.raises(ConfigError) as caught:
+        load_settings()
+    assert named in str(caught.value)
+    assert path in str(caught.value)
+
+
+def test_missing_file_and_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOICE_CLONE__LIMITZ__X", "1")
+    with pytest.raises(ConfigError, match="VOICE_CLONE__LIMITZ__X"):
+        load_settings()
+    with pytest.raises(ConfigError, match="LIMITZ"):
+        build_app(Settings())
+    monkeypatch.delenv("VOICE_CLONE__LIMITZ__X")
+    monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_INPUT", "1")
+    with pytest.raises(ConfigError, match=r"limits\.max_input"):
+        load_settings()
+    monkeypatch.delenv("VOICE_CLONE__LIMITS__MAX_INPUT")
+    monkeypatch.setenv("VOICE_CLONE_CONFIG", "/nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"/nowhere\.yaml does not exist"):
+        load_settings()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_profiles_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOICE_CLONE_CONFIG", str(path))
+    build_app(load_settings())
+
+
+def test_models_resolve() -> None:
+    settings = Settings.model_validate(
+        {"engines": {"tone": {}, "slow": {"engine": "tone"}}, "model_aliases": {"x": "slow"}}
+    )
+    assert settings.served_engine(None) == "tone"
+    assert settings.served_engine("slow") == "slow"
+    assert settings.served_engine("x") == "slow"
+    assert settings.served_engine("tts-1") == "tone"
+    assert settings.served_engine("TONE") is None
+
+
+def test_documentation_is_what_the_command_prints() -> None:
+    assert reference() in (ROOT / "docs" / "configuration.md").read_text()
