@@ -157,6 +157,12 @@ def similarity(clip: Clip, spoken: Spoken) -> float:
     return float(reference @ result)
 
 
+def audible(samples: Samples) -> Samples:
+    """``samples`` over a noise floor at -100 dBFS, so that digital silence has a logarithm."""
+    noise = np.random.default_rng(0).normal(0, 1e-5, len(samples))
+    return (samples + noise).astype(np.float32)
+
+
 def draw(clip: Clip, spoken: Spoken, path: Path) -> None:
     """Waveforms and spectrograms of recording and result, one above the other."""
     mpl.use("Agg")
@@ -169,7 +175,7 @@ def draw(clip: Clip, spoken: Spoken, path: Path) -> None:
         wave, spectrum = axes[2 * row], axes[2 * row + 1]
         wave.plot(np.arange(len(samples)) / rate_hz, samples, linewidth=0.4)
         wave.set(title=title, xlim=(0, len(samples) / rate_hz), ylabel="amplitude")
-        spectrum.specgram(samples + 1e-7, NFFT=512, Fs=rate_hz, noverlap=384, vmin=-120, cmap="magma")
+        spectrum.specgram(audible(samples), NFFT=512, Fs=rate_hz, noverlap=384, vmin=-120, cmap="magma")
         spectrum.set(xlabel="seconds", ylabel="Hz", ylim=(0, 8000))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

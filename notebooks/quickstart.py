@@ -27,6 +27,10 @@ import numpy as np
 import soundfile
 
 from benchmarks.speakers import DEMO_SPEAKER, enrolment_clip, speaker, write_wav
+from serve_app.environment import prepare_environment
+
+prepare_environment()  # before Ray is imported
+
 from serve_app.client import HandleClient
 from serve_app.server import ensure_graph
 

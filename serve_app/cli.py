@@ -13,6 +13,7 @@ from rich.table import Table
 
 from serve_app.client import HttpClient
 from serve_app.config import ConfigError, Settings, load_settings, reference
+from serve_app.environment import prepare_environment
 from serve_app.errors import VoiceCloneError
 from serve_app.voices.store import StoreNotUsable
 
@@ -49,10 +50,10 @@ def serve(
     ] = "local",
 ) -> None:
     """Start the graph on this machine and serve until interrupted."""
+    prepare_environment()
     from serve_app.server import run_server
 
-    settings = _settings(config)
-    run_server(settings, host=host, port=port, address=address, console=console)
+    run_server(_settings(config), host=host, port=port, address=address, console=console)
 
 
 @app.command()

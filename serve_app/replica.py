@@ -8,7 +8,7 @@ is one batch and one stream of row chunks.
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -67,7 +67,7 @@ class EngineReplica:
             weights_fingerprint=engine.weights_fingerprint,
         )
 
-    async def synthesize(self, batch: list[UtteranceCall]) -> AsyncIterator[list[RowAudio]]:
+    async def synthesize(self, batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
         """Speak a batch; each answer is the list of chunks that were ready. Closing it stops the engine."""
         utterances = [
             Utterance(

@@ -22,19 +22,6 @@ from serve_app.config import ConfigError, Settings, load_settings
 from serve_app.voices.store import VoiceStore
 
 
-def prepare_environment() -> None:
-    """Ray settings for a cluster that this process starts. What the user has set stays.
-
-    Ray asks for a token by itself in a cluster started here (it writes one to ``~/.ray``); setting
-    ``RAY_AUTH_MODE`` after Ray was imported would only make its parts disagree.
-    """
-    # Workers run at nice 15 by default: on a shared machine speech would stutter.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Each engine replica is a process of its own: libraries that all take every core get in the way.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
 def check_port(host: str, port: int) -> None:
     """Raise ``ConfigError`` if the port cannot be listened on."""
     with socket.socket() as probe:
@@ -85,8 +72,6 @@ def ensure_graph(settings: Settings | None = None) -> None:
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS") or running_cluster() or "local"
-        if address == "local":
-            prepare_environment()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     if APP_NAME not in serve.status().applications:
         serve.start(proxy_location=ProxyLocation.Disabled)
@@ -98,8 +83,6 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
     check_ray(address)
     check_port(host, port)
     asyncio.run(VoiceStore.open(settings.voices.store).check())
-    if address == "local":
-        prepare_environment()
     stop = threading.Event()
     _stop_on_signals(stop)
     with console.status("Starting Ray…"):
@@ -114,10 +97,8 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
         stop.wait()
     finally:
         with console.status("Finishing running speeches…"):
-            if address == "local":
-                serve.shutdown()  # type: ignore[no-untyped-call]
-            else:
-                serve.delete(APP_NAME)
+            serve.delete(APP_NAME)
+            # Ends a Ray that was started here, and only lets go of one that was joined.
             ray.shutdown()
 
 

@@ -17,8 +17,8 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from benchmarks.ports import free_port
 from serve_app.app import APP_NAME, build_app
 from serve_app.config import Settings
+from serve_app.environment import prepare_environment
 from serve_app.protocol import ReplicaActivity
-from serve_app.server import prepare_environment
 from tests.speech import noisy_tone, wav_bytes
 
 SETTINGS = {

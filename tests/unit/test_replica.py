@@ -1,0 +1,175 @@
+"""A replica without Serve: threads, back-pressure, cancellation, and what an engine's failure becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+
+import numpy as np
+import pytest
+
+from engines.contract import (
+    Chunk,
+    Conditioning,
+    Reference,
+    ReferenceUnusable,
+    Samples,
+    SynthesisFailed,
+    UnsupportedOption,
+    Utterance,
+)
+from engines.tone.engine import ToneEngine, render
+from serve_app.protocol import UtteranceCall
+from serve_app.replica import EngineReplica, ThreadStream
+from tests.speech import noisy_tone
+
+VOICE = Conditioning("tone", "tone-1", {"pitch_hz": np.asarray([220.0], np.float32)})
+
+
+def call(text: str, **fields: object) -> UtteranceCall:
+    """A row whose id is its text."""
+    return UtteranceCall(text, text, "en", VOICE, seed=1, **fields)  # type: ignore[arg-type]
+
+
+async def speak(replica: EngineReplica, *batch: UtteranceCall) -> list[Samples]:
+    """Samples of each row."""
+    rows: list[list[Samples]] = [[] for _ in batch]
+    async for answer in replica.synthesize(list(batch)):
+        for audio in answer:
+            assert audio.error is None
+            rows[audio.row].append(audio.samples)
+    return [np.concatenate(row) for row in rows]
+
+
+async def test_batch_comes_back_as_the_engine_made_it() -> None:
+    replica = EngineReplica("tone", {})
+    one, two = await speak(replica, call("one"), call("two", speed=0.5))
+    np.testing.assert_array_equal(one, render(Utterance("one", "en", VOICE, seed=1)))
+    assert len(two) == 2 * len(one)
+    activity = await replica.activity()
+    assert (activity.rows_open, activity.batches, activity.largest_batch) == (0, 1, 2)
+
+
+async def test_facts_are_the_cards() -> None:
+    facts = await EngineReplica("tone", {"slots": 3}).describe()
+    assert facts.slots == 3
+    assert facts.sample_rate_hz == ToneEngine.card.sample_rate_hz
+    assert facts.max_chars("en") == ToneEngine.card.max_chars("en")
+
+
+async def test_abandoned_row_stops_and_the_other_goes_on() -> None:
+    replica = EngineReplica("tone", {"step_s": 0.01})
+    rows: dict[int, int] = {0: 0, 1: 0}
+    async with aclosing(replica.synthesize([call("leaves " * 10), call("stays " * 10)])) as answers:
+        async for answer in answers:
+            if rows[0] == 0:
+                await replica.abandon(["leaves " * 10, "somebody else"])
+            for audio in answer:
+                rows[audio.row] += 1
+    assert rows[0] < rows[1]
+    assert rows[0] <= 10
+
+
+async def test_closing_waits_until_the_engine_has_let_go() -> None:
+    replica = EngineReplica("tone", {"step_s": 0.01})
+    answers = replica.synthesize([call("word " * 50)])
+    await anext(answers)
+    await answers.aclose()
+    assert (await replica.activity()).rows_open == 0
+    await speak(replica, call("next"))
+
+
+async def test_hanging_engine_is_freed_by_leaving() -> None:
+    replica = EngineReplica("tone", {})
+    answers = replica.synthesize([call("please [hang] here")])
+    waiting = asyncio.ensure_future(anext(answers))
+    await asyncio.sleep(0.1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await answers.aclose()
+    await speak(replica, call("next"))
+
+
+async def test_failing_row_ends_with_its_error() -> None:
+    replica = EngineReplica("tone", {})
+    errors = {}
+    async for answer in replica.synthesize([call("[fail]"), call("good"), call("x", options={"a": 1})]):
+        errors.update({audio.row: audio.error for audio in answer if audio.last})
+    assert isinstance(errors[0], SynthesisFailed)
+    assert errors[1] is None
+    assert isinstance(errors[2], UnsupportedOption)
+
+
+async def test_engine_that_raises_fails_the_rows_it_has_not_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: ToneEngine, batch: list[Utterance]) -> Iterator[Chunk]:
+        yield Chunk(0, np.zeros(5, np.float32), last=True)
+        raise ZeroDivisionError
+
+    replica = EngineReplica("tone", {})
+    monkeypatch.setattr(ToneEngine, "synthesize", broken)
+    ends = {}
+    async for answer in replica.synthesize([call("a"), call("b")]):
+        ends.update({audio.row: audio.error for audio in answer if audio.last})
+    assert ends[0] is None
+    assert isinstance(ends[1], SynthesisFailed)
+    assert "ZeroDivision" not in ends[1].message
+
+
+async def test_refused_reference_is_an_answer() -> None:
+    replica = EngineReplica("tone", {})
+    silence = Reference(np.zeros(48_000, np.float32), 24_000)
+    assert isinstance(await replica.extract_voice(silence), ReferenceUnusable)
+    good = Reference(noisy_tone(150.0), 24_000)
+    conditioning = await replica.extract_voice(good)
+    assert isinstance(conditioning, Conditioning)
+    assert await replica.refine_voice(good, conditioning) is None
+
+
+@pytest.fixture
+def executor() -> Iterator[ThreadPoolExecutor]:
+    """One thread."""
+    with ThreadPoolExecutor(1) as executor:
+        yield executor
+
+
+async def test_thread_runs_only_so_far_ahead(executor: ThreadPoolExecutor) -> None:
+    made: list[int] = []
+
+    def count() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    stream = ThreadStream(count, executor, max_ahead=4)
+    items = aiter(stream)
+    await anext(items)
+    await asyncio.sleep(0.1)
+    assert len(made) <= 4 + 4 + 1
+    await stream.aclose()
+
+
+async def test_iterator_is_closed_by_its_own_thread(executor: ThreadPoolExecutor) -> None:
+    threads: list[str] = []
+
+    def numbers() -> Iterator[int]:
+        threads.append(threading.current_thread().name)
+        try:
+            while True:
+                time.sleep(0.001)
+                yield 1
+        finally:
+            threads.append(threading.current_thread().name)
+
+    stream = ThreadStream(numbers, executor, max_ahead=2)
+    items: AsyncIterator[list[int]] = aiter(stream)
+    await anext(items)
+    await stream.aclose()
+    assert len(threads) == 2
+    assert threads[0] == threads[1]
