@@ -16,8 +16,8 @@
 # %% [markdown]
 # # Clone a voice and let it speak
 #
-# This notebook talks to the graph through its Ray handle: no HTTP, no port. It joins a graph that runs on this
-# machine, or starts one.
+# This notebook talks to the graph through its Ray handle: no HTTP, no port. It joins a graph that runs on
+# this machine, or starts one.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor

@@ -6,6 +6,7 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 
 from engines.registry import engine_class
 from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
@@ -21,6 +22,8 @@ ROUTER = "router"
 _LIGHT_MAX_ONGOING = 1000
 #: Longest synthesis a replica is given to finish when it is taken away.
 _DRAIN_S = 60.0
+#: The ingress logs every request: a line at each further hop costs time and says nothing new.
+_NO_ACCESS_LOG = LoggingConfig(enable_access_log=False)
 
 
 def build_app(args: Settings) -> serve.Application:
@@ -31,6 +34,7 @@ def build_app(args: Settings) -> serve.Application:
         Router,
         name=ROUTER,
         max_ongoing_requests=_LIGHT_MAX_ONGOING,
+        logging_config=_NO_ACCESS_LOG,
         **_scale(args.router, busy_requests=100),
     )
     ingress = _deployment(
@@ -58,6 +62,7 @@ def _engine(name: str, settings: EngineSettings) -> serve.Application:
         EngineReplica,
         name=f"engine-{name}",
         max_ongoing_requests=max_batches,
+        logging_config=_NO_ACCESS_LOG,
         request_router_config=RequestRouterConfig.model_validate(backoff),
         **_scale(settings.replicas, busy_requests=max_batches, runtime_env=settings.runtime_env),
     )

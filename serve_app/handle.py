@@ -40,12 +40,13 @@ class RouterHandle:
 
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechStarted | AudioFrame, None]:
         """``SpeechStarted`` once the first audio is there, then frames in order."""
-        stream = cast(DeploymentResponseGenerator[SpeechEvent], self._speak.remote(request))
+        stream = cast(DeploymentResponseGenerator[list[SpeechEvent]], self._speak.remote(request))
         try:
-            async for event in stream:
-                if isinstance(event, Failure):
-                    raise event.error
-                yield event
+            async for events in stream:
+                for event in events:
+                    if isinstance(event, Failure):
+                        raise event.error
+                    yield event
         except (RayError, RayServeException) as error:
             raise Unavailable(_LOST, retry_after_s=1.0) from error
         finally:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray._common.utils import get_ray_address_file
+from ray._common.utils import get_ray_address_file, reset_ray_address
+from ray._private.utils import write_ray_address
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from rich.console import Console
@@ -98,6 +99,8 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
     finally:
         with console.status("Finishing running speeches…"):
             serve.delete(APP_NAME)
+            if address == "local":
+                reset_ray_address()
             # Ends a Ray that was started here, and only lets go of one that was joined.
             ray.shutdown()
 
@@ -127,6 +130,9 @@ def _start_ray(address: str) -> None:
             if not attempts_left:
                 raise ConfigError(f"Ray could not be started: {error} Try again.") from error
         else:
+            if address == "local":
+                # Ray announces only what `ray start` made; notebooks and a second server look for ours.
+                write_ray_address(ray.get_runtime_context().gcs_address)
             return
 
 

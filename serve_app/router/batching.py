@@ -14,6 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, EngineUnavailable, Overloaded, VoiceCloneError, from_engine
 from serve_app.protocol import RowAudio, UtteranceCall
@@ -47,8 +49,14 @@ class Row:
     _skip: int = 0
 
     async def __aiter__(self) -> AsyncIterator[Samples]:
+        """Samples as they come; what has come since the last look, in one piece."""
         while not isinstance(item := await self._buffer.get(), _End):
-            yield item
+            ready = [item]
+            while not self._buffer.empty() and not isinstance(item := self._buffer.get_nowait(), _End):
+                ready.append(item)
+            yield np.concatenate(ready)
+            if isinstance(item, _End):
+                break
         if item.error is not None:
             raise item.error
 

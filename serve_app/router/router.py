@@ -112,18 +112,21 @@ class Router:
                 logger.warning("The voice store could not be swept: %s", error.message)
             await asyncio.sleep(_SWEEP_INTERVAL_S)
 
-    async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechEvent, None]:
-        """Speak a text: ``SpeechStarted`` with the first audio, then frames in order; or ``Failure``."""
+    async def speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
+        """Speak a text: ``SpeechStarted`` and the first audio, then frames in order; or ``Failure``.
+
+        In lists, because each item of a stream between deployments costs a millisecond or more.
+        """
         try:
             async with aclosing(self._speak(request)) as events:
                 async for event in events:
                     yield event
         except VoiceCloneError as error:
-            yield Failure(error)
+            yield [Failure(error)]
         except Exception as error:  # noqa: BLE001 - a defect: logged, and answered without its details
-            yield Failure(_defect("speak", error))
+            yield [Failure(_defect("speak", error))]
 
-    async def _speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechEvent, None]:
+    async def _speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
         name = self._engine_name(request.model)
         self._check_length(request.text)
         text = texts.clean(request.text)
@@ -159,12 +162,10 @@ class Router:
                     submitted += 1
                 samples = aiter(rows[0])
                 if silent:
-                    first = await self._first(samples)
-                    yield started
-                    yield first
+                    yield [started, await self._first(samples)]
                     silent = False
                 async for part in samples:
-                    yield AudioFrame(part)
+                    yield [AudioFrame(part)]
                 rows.popleft()
         finally:
             for row in rows:

@@ -16,6 +16,16 @@ from tests.cluster.conftest import BIN, Program, run
 from tests.speech import noisy_tone, wav_bytes
 
 VOICE_CLONE = BIN / "voice-clone"
+#: What a notebook does beside a running server.
+JOIN = """
+from serve_app.environment import prepare_environment
+prepare_environment()
+from serve_app.server import ensure_graph
+from serve_app.client import HandleClient
+ensure_graph()
+with HandleClient() as tts:
+    print([model.name for model in tts.models()])
+"""
 
 
 @pytest.fixture
@@ -72,6 +82,15 @@ def test_serve_enrol_speak_stop(
     assert "GET /v1/audio/voices" in missing.stdout
     assert "Traceback" not in missing.stdout
     assert run(VOICE_CLONE, "voices", "delete", "me", environment=client).returncode == 0
+
+    second = run(VOICE_CLONE, "serve", "--port", str(free_port()), environment=environment)
+    assert second.returncode == 1
+    assert "Ray is already running" in second.stdout
+    assert "Traceback" not in second.stdout
+
+    joined = run(BIN / "python", "-c", JOIN, environment=environment)
+    assert joined.returncode == 0, joined.stdout
+    assert "mosaic" in joined.stdout
 
     assert program.stop() == 0, program.output
     assert "listens on" in program.output
