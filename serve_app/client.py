@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 from urllib.parse import quote
 
 import httpx
@@ -95,6 +95,21 @@ class SpeechStream:
         return self._chunks
 
 
+class SpeechOptions(TypedDict, total=False):
+    """What may be said about a speech."""
+
+    #: Served engine; default the server's.
+    engine: str | None
+    #: BCP-47; default found from the text.
+    language: str | None
+    #: 0.25 to 4, default 1.
+    speed: float
+    #: The same seed gives the same samples; default drawn.
+    seed: int | None
+    #: The engine's own options.
+    engine_options: Mapping[str, Any]
+
+
 class Client(ABC):
     """What both clients can do."""
 
@@ -108,7 +123,6 @@ class Client(ABC):
     def close(self) -> None:
         """Let go of connections and threads."""
 
-    @abstractmethod
     def enrol(
         self,
         name: str,
@@ -120,6 +134,21 @@ class Client(ABC):
         replace: bool = False,
     ) -> VoiceInfo:
         """Make a voice of a recording of one speaker."""
+        audio = recording if isinstance(recording, bytes) else Path(recording).read_bytes()
+        return self._enrol(
+            EnrolRequest(
+                name,
+                audio,
+                consent=consent,
+                transcript=transcript,
+                language=language,
+                replace=replace,
+            )
+        )
+
+    @abstractmethod
+    def _enrol(self, request: EnrolRequest) -> VoiceInfo:
+        """Send an enrolment."""
 
     @abstractmethod
     def voices(self) -> list[VoiceInfo]:
@@ -142,54 +171,24 @@ class Client(ABC):
         """Start a speech; leaving the context ends it."""
 
     def stream(
-        self,
-        text: str,
-        voice: str,
-        *,
-        engine: str | None = None,
-        language: str | None = None,
-        speed: float = 1.0,
-        seed: int | None = None,
-        engine_options: Mapping[str, Any] | None = None,
+        self, text: str, voice: str, **options: Unpack[SpeechOptions]
     ) -> AbstractContextManager[SpeechStream]:
         """Speak, handing out audio as it comes; leaving the context stops the engine."""
         return self._open(
             SpeechRequest(
                 text,
                 voice,
-                model=engine,
-                language=language,
-                speed=speed,
-                seed=seed,
-                options=engine_options or {},
+                model=options.get("engine"),
+                language=options.get("language"),
+                speed=options.get("speed", 1.0),
+                seed=options.get("seed"),
+                options=options.get("engine_options", {}),
             )
         )
 
-    def speak(
-        self,
-        text: str,
-        voice: str,
-        *,
-        engine: str | None = None,
-        language: str | None = None,
-        speed: float = 1.0,
-        seed: int | None = None,
-        engine_options: Mapping[str, Any] | None = None,
-    ) -> Speech:
-        """Speak ``text`` in ``voice`` (id, name or alias) and wait for all of it.
-
-        ``engine``: served engine, default the server's. ``language``: BCP-47, default found from the text.
-        ``speed``: 0.25 to 4. ``seed``: the same seed gives the same samples.
-        """
-        with self.stream(
-            text,
-            voice,
-            engine=engine,
-            language=language,
-            speed=speed,
-            seed=seed,
-            engine_options=engine_options,
-        ) as stream:
+    def speak(self, text: str, voice: str, **options: Unpack[SpeechOptions]) -> Speech:
+        """Speak ``text`` in ``voice`` (id, name or alias) and wait for all of it."""
+        with self.stream(text, voice, **options) as stream:
             samples = np.concatenate(list(stream))
         started = stream.started
         return Speech(samples, started.sample_rate_hz, started.engine, started.voice_id, started.seed)
@@ -212,25 +211,7 @@ class HandleClient(Client):
         """End the thread that talks to Ray."""
         self._closing.close()
 
-    def enrol(
-        self,
-        name: str,
-        recording: Recording,
-        *,
-        consent: str = "",
-        transcript: str = "",
-        language: str = "",
-        replace: bool = False,
-    ) -> VoiceInfo:
-        """Make a voice of a recording of one speaker."""
-        request = EnrolRequest(
-            name,
-            _audio_bytes(recording),
-            consent=consent,
-            transcript=transcript,
-            language=language,
-            replace=replace,
-        )
+    def _enrol(self, request: EnrolRequest) -> VoiceInfo:
         return _voice_info(self._portal.call(self._router.enrol, request).model_dump())
 
     def voices(self) -> list[VoiceInfo]:
@@ -290,25 +271,15 @@ class HttpClient(Client):
         """Close the connections."""
         self._http.close()
 
-    def enrol(
-        self,
-        name: str,
-        recording: Recording,
-        *,
-        consent: str = "",
-        transcript: str = "",
-        language: str = "",
-        replace: bool = False,
-    ) -> VoiceInfo:
-        """Make a voice of a recording of one speaker."""
+    def _enrol(self, request: EnrolRequest) -> VoiceInfo:
         form = {
-            "name": name,
-            "consent": consent,
-            "ref_text": transcript,
-            "language": language,
-            "replace": str(replace).lower(),
+            "name": request.name,
+            "consent": request.consent,
+            "ref_text": request.transcript,
+            "language": request.language,
+            "replace": str(request.replace).lower(),
         }
-        sample = {"audio_sample": ("sample", _audio_bytes(recording))}
+        sample = {"audio_sample": ("sample", request.audio)}
         return _voice_info(self._json("POST", "/v1/audio/voices", data=form, files=sample))
 
     def voices(self) -> list[VoiceInfo]:
@@ -393,10 +364,6 @@ def _json_of(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         return {}
     return body if isinstance(body, dict) else {}
-
-
-def _audio_bytes(recording: Recording) -> bytes:
-    return recording if isinstance(recording, bytes) else Path(recording).read_bytes()
 
 
 def _voice_info(fields: Mapping[str, Any]) -> VoiceInfo:

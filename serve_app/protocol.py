@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engines.contract import Conditioning, EngineError, Samples
+from engines.contract import Conditioning, EngineCard, EngineError, Samples
 from serve_app.errors import VoiceCloneError
 
 
@@ -108,31 +108,20 @@ class RowAudio:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What the router plans with: the card and what only a loaded replica knows."""
+    """What the router plans with: the card, and what only a loaded replica knows."""
 
-    name: str
-    summary: str
+    card: EngineCard
+    #: What it speaks, optional extras included.
     languages: tuple[str, ...]
-    sample_rate_hz: int
-    max_utterance_chars: Mapping[str, int]
-    streams: bool
-    needs_transcript: bool
-    code_licence: str
-    weights_licence: str
-    hardware: str
-    options: tuple[str, ...]
     slots: int
     weights_fingerprint: str
-
-    def max_chars(self, language: str) -> int:
-        """Longest utterance in characters for ``language``."""
-        return self.max_utterance_chars.get(language, self.max_utterance_chars["*"])
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaActivity:
     """Counters of one replica since it started, and the rows it works on now."""
 
+    process_id: int
     rows_open: int
     batches: int
     largest_batch: int

@@ -7,6 +7,7 @@ is one batch and one stream of row chunks.
 # No postponed annotations: Serve inspects this class when it is deployed.
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,22 +51,8 @@ class EngineReplica:
 
     async def describe(self) -> EngineFacts:
         """The engine's card and what only the loaded engine knows."""
-        card, engine = self._engine.card, self._engine
-        return EngineFacts(
-            name=card.name,
-            summary=card.summary,
-            languages=engine.languages,
-            sample_rate_hz=card.sample_rate_hz,
-            max_utterance_chars=dict(card.max_utterance_chars),
-            streams=card.streams,
-            needs_transcript=card.needs_transcript,
-            code_licence=card.code_licence,
-            weights_licence=card.weights_licence,
-            hardware=card.hardware,
-            options=card.options,
-            slots=engine.config.slots,
-            weights_fingerprint=engine.weights_fingerprint,
-        )
+        engine = self._engine
+        return EngineFacts(engine.card, engine.languages, engine.config.slots, engine.weights_fingerprint)
 
     async def synthesize(self, batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
         """Speak a batch; each answer is the list of chunks that were ready. Closing it stops the engine."""
@@ -112,6 +99,7 @@ class EngineReplica:
     async def activity(self) -> ReplicaActivity:
         """What this replica does and has done."""
         return ReplicaActivity(
+            process_id=os.getpid(),
             rows_open=len(self._rows),
             batches=self._batches,
             largest_batch=self._largest_batch,

@@ -108,13 +108,14 @@ def _model(name: str, facts: EngineFacts | None) -> dict[str, Any]:
     entry: dict[str, Any] = {"id": name, "object": "model", "created": 0, "owned_by": "voice-clone-tts"}
     if facts is None:
         return {**entry, "status": "unavailable"}
+    card = facts.card
     return {
         **entry,
         "status": "ready",
-        "summary": facts.summary,
+        "summary": card.summary,
         "languages": list(facts.languages),
-        "sample_rate": facts.sample_rate_hz,
-        "streams": facts.streams,
-        "licence": {"code": facts.code_licence, "weights": facts.weights_licence},
-        "engine_options": list(facts.options),
+        "sample_rate": card.sample_rate_hz,
+        "streams": card.streams,
+        "licence": {"code": card.code_licence, "weights": card.weights_licence},
+        "engine_options": list(card.options),
     }

@@ -43,7 +43,7 @@ class ConditioningSource:
 
     async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> Conditioning:
         """Conditioning of ``voice`` for the weights in ``facts``."""
-        key = (voice.revision, facts.name, facts.weights_fingerprint)
+        key = (voice.revision, facts.card.name, facts.weights_fingerprint)
         entry = self._entries.get(key)
         if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
             self._entries.move_to_end(key)
@@ -59,7 +59,7 @@ class ConditioningSource:
     async def _load(
         self, key: _Key, voice: Voice, facts: EngineFacts, engine: EngineDispatch
     ) -> Conditioning:
-        stored = await self._store.conditioning(voice, facts.name, facts.weights_fingerprint)
+        stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint)
         if stored is not None:
             self._remember(key, stored)
             return stored

@@ -136,7 +136,7 @@ class Router:
         language = _language(request.language, text, facts)
         conditioning = await self._conditioning.get(voice, facts, self._engines[name])
         seed = request.seed if request.seed is not None else secrets.randbelow(_SEED_LIMIT)
-        pieces = texts.split(text, language, facts.max_chars(language))
+        pieces = texts.split(text, language, facts.card.max_chars(language))
 
         def submit(index: int) -> Row:
             call = UtteranceCall(
@@ -151,7 +151,7 @@ class Router:
             )
             return self._queue(name, facts).submit(call)
 
-        started = SpeechStarted(name, voice.id, language, facts.sample_rate_hz, seed, len(pieces))
+        started = SpeechStarted(name, voice.id, language, facts.card.sample_rate_hz, seed, len(pieces))
         rows: deque[Row] = deque()
         submitted = 0
         silent = True
@@ -293,11 +293,11 @@ class Router:
 
     @staticmethod
     def _check_options(request: SpeechRequest, facts: EngineFacts) -> None:
-        unknown = sorted(set(request.options) - set(facts.options))
+        unknown = sorted(set(request.options) - set(facts.card.options))
         if unknown:
             raise UnsupportedOption(
-                f"Engine '{facts.name}' has no option '{unknown[0][:40]}'. "
-                f"Its options: {', '.join(facts.options) or 'none'}.",
+                f"Engine '{facts.card.name}' has no option '{unknown[0][:40]}'. "
+                f"Its options: {', '.join(facts.card.options) or 'none'}.",
                 param="engine_options",
             )
 
@@ -328,7 +328,7 @@ def _language(wanted: str | None, text: str, facts: EngineFacts) -> str:
     if language not in facts.languages:
         found = "is asked for" if wanted else "seems to be the language of the text"
         raise UnsupportedLanguage(
-            f"'{language[:20]}' {found}; engine '{facts.name}' speaks {', '.join(facts.languages)}. "
+            f"'{language[:20]}' {found}; engine '{facts.card.name}' speaks {', '.join(facts.languages)}. "
             "Choose another engine (GET /v1/models), or set 'language' if the guess is wrong.",
             param="language",
         )

@@ -28,7 +28,7 @@ SETTINGS = {
         "slow": {"engine": "tone", "config": {"slots": 4, "step_s": 0.1}, "replicas": {"num_cpus": 0.1}},
         "pair": {
             "engine": "tone",
-            "config": {"step_s": 0.02},
+            "config": {"slots": 1, "step_s": 0.03},
             "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
         },
         "mosaic": {"replicas": {"num_cpus": 0.1}},

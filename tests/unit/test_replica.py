@@ -57,8 +57,8 @@ async def test_batch_comes_back_as_the_engine_made_it() -> None:
 async def test_facts_are_the_cards() -> None:
     facts = await EngineReplica("tone", {"slots": 3}).describe()
     assert facts.slots == 3
-    assert facts.sample_rate_hz == ToneEngine.card.sample_rate_hz
-    assert facts.max_chars("en") == ToneEngine.card.max_chars("en")
+    assert facts.card == ToneEngine.card
+    assert facts.languages == ToneEngine.card.languages
 
 
 async def test_abandoned_row_stops_and_the_other_goes_on() -> None:
