@@ -137,6 +137,8 @@ def _start_ray(address: str) -> None:
 
 
 def _start_graph(settings: Settings, host: str, port: int) -> None:
+    # What this process does is said by `run_server`; what the replicas do is in Ray's log directory.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
         serve.run(build_app(settings), name=APP_NAME)
