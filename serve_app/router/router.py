@@ -136,7 +136,12 @@ class Router:
         language = _language(request.language, text, facts)
         conditioning = await self._conditioning.get(voice, facts, self._engines[name])
         seed = request.seed if request.seed is not None else secrets.randbelow(_SEED_LIMIT)
-        pieces = texts.split(text, language, facts.card.max_chars(language))
+        # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
+        pieces = [
+            piece
+            for piece in texts.split(text, language, facts.card.max_chars(language))
+            if texts.is_speakable(piece)
+        ]
 
         def submit(index: int) -> Row:
             call = UtteranceCall(

@@ -99,6 +99,21 @@ def test_hostile_text_is_spoken_or_refused(server: Server, text: str) -> None:
     assert answer.status_code in (200, 400), answer.text
 
 
+def test_unspeakable_stretch_inside_a_text_is_passed_over(server: Server) -> None:
+    text = "Hello there. " + "." * 700 + " Goodbye."
+    answer = server.http.post("/v1/audio/speech", json={**GOOD, "input": text, "response_format": "pcm"})
+    assert answer.status_code == 200
+    assert len(answer.content) > 24_000
+
+
+def test_huge_body_without_a_length_is_refused_as_it_comes(server: Server) -> None:
+    parts = (b"a" * 65536 for _ in range(64))
+    headers = {"content-type": "application/json"}
+    answer = server.http.post("/v1/audio/speech", content=parts, headers=headers)
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+
+
 def test_sdk_raises_its_own_types(server: Server) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         server.openai.audio.speech.create(model="tone", voice="nobody", input="Hi.")
