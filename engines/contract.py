@@ -195,7 +195,8 @@ class Conditioning:
         tensors = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         return safetensors.numpy.save(
             tensors,
-            metadata={"engine": self.engine, "weights_fingerprint": self.weights_fingerprint},
+            # One entry: safetensors writes several in an order that changes from process to process.
+            metadata={"identity": json.dumps([self.engine, self.weights_fingerprint])},
         )
 
     @classmethod
@@ -203,8 +204,8 @@ class Conditioning:
         """Read what ``to_bytes`` wrote. Raises ``ConditioningMismatch`` if it is anything else."""
         try:
             arrays = safetensors.numpy.load(blob)
-            metadata = _safetensors_metadata(blob)
-            return cls(metadata["engine"], metadata["weights_fingerprint"], arrays)
+            engine, weights_fingerprint = json.loads(_safetensors_metadata(blob)["identity"])
+            return cls(engine, weights_fingerprint, arrays)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ConditioningMismatch(
                 "The stored conditioning of this voice cannot be read.",

@@ -29,7 +29,7 @@ from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import numpy as np
 import soundfile
@@ -62,7 +62,6 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_WORKER: Final = (sys.executable, "-P", str(Path(__file__).with_name("decode_worker.py")))
 _ACCEPTED: Final = "Send WAV, FLAC, MP3, OGG (Opus or Vorbis), M4A or WebM."
 #: Stored references go no higher: no engine here hears more, and it bounds their size.
 _MAX_STORED_RATE_HZ: Final = 48_000
@@ -194,8 +193,15 @@ def _is_mp3_frame(head: bytes) -> bool:
 class ReferenceReader:
     """Turns uploads into checked references. One per process; ``read`` may run many times at once."""
 
+    #: The decoder process.
+    WORKER: ClassVar[tuple[str, ...]] = (
+        sys.executable,
+        "-P",
+        str(Path(__file__).with_name("decode_worker.py")),
+    )
+
     def __init__(
-        self, limits: ReferenceLimits | None = None, *, worker_command: Sequence[str] = _WORKER
+        self, limits: ReferenceLimits | None = None, *, worker_command: Sequence[str] = WORKER
     ) -> None:
         """Use ``limits``; ``worker_command`` is the decoder process, in other words its argv."""
         self.limits = limits or ReferenceLimits()
