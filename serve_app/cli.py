@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from serve_app.client import HttpClient
+from serve_app.client import SAVED_AS, HttpClient
 from serve_app.config import ConfigError, Settings, load_settings, reference
 from serve_app.environment import prepare_environment
 from serve_app.errors import VoiceCloneError
@@ -31,11 +31,20 @@ ServerOption = Annotated[
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
+def _audio_path(path: Path) -> Path:
+    """Refuse a file that could not be written before anything is spoken for it."""
+    if path.suffix.lower() not in SAVED_AS:
+        raise typer.BadParameter(f"must end in one of {' '.join(SAVED_AS)}")
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the directory {path.absolute().parent} does not exist")
+    return path
+
+
 def main() -> None:
     """Entry point: what can go wrong is said in a sentence, with exit status 1."""
     try:
         app()
-    except (VoiceCloneError, ConfigError, StoreNotUsable, FileNotFoundError) as error:
+    except (VoiceCloneError, ConfigError, StoreNotUsable, OSError) as error:
         console.print(f"[red]error:[/red] {error}", highlight=False)
         sys.exit(1)
 
@@ -60,7 +69,9 @@ def serve(
 def speak(
     text: Annotated[str, typer.Argument(help="What to say.")],
     voice: Annotated[str, typer.Option(help="Id, name or alias of an enrolled voice.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; .wav .flac .mp3 .ogg")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", callback=_audio_path, help="File to write: .wav .flac .mp3 .ogg")
+    ],
     engine: Annotated[str | None, typer.Option(help="Engine; default the server's.")] = None,
     language: Annotated[str | None, typer.Option(help="BCP-47; default found from the text.")] = None,
     speed: Annotated[float, typer.Option(min=0.25, max=4.0, help="Speaking rate.")] = 1.0,

@@ -32,6 +32,9 @@ from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
 from serve_app.protocol import AudioFrame, EnrolRequest, SpeechRequest, SpeechStarted
 
+#: Suffixes of the files that ``Speech.save`` writes.
+SAVED_AS = (".wav", ".flac", ".mp3", ".ogg")
+
 Recording = str | Path | bytes
 """A path to an audio file, or the bytes of one."""
 
@@ -72,7 +75,7 @@ class Speech:
         return len(self.samples) / self.sample_rate_hz
 
     def save(self, path: str | Path) -> Path:
-        """Write a file; the suffix chooses the format (.wav, .flac, .mp3, .ogg)."""
+        """Write a file; the suffix, one of ``SAVED_AS``, chooses the format."""
         soundfile.write(path, self.samples, self.sample_rate_hz)
         return Path(path)
 

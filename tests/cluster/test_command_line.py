@@ -146,6 +146,17 @@ def test_client_without_a_server(environment: dict[str, str]) -> None:
     assert "did not answer" in answer.stdout
 
 
+@pytest.mark.parametrize("output", ["speech.txt", "/no/such/place/speech.wav"])
+def test_output_that_cannot_be_written_is_refused_at_once(environment: dict[str, str], output: str) -> None:
+    answer = run(VOICE_CLONE, "speak", "Hello.", "--voice", "me", "-o", output, environment=environment)
+    assert answer.returncode == 2
+    assert "--output" in answer.stdout
+    missing = run(VOICE_CLONE, "voices", "add", "me", "/no/such/recording.wav", environment=environment)
+    assert missing.returncode == 1
+    assert "/no/such/recording.wav" in missing.stdout
+    assert "Traceback" not in answer.stdout + missing.stdout
+
+
 def test_doctor_finds_nothing_and_something(environment: dict[str, str]) -> None:
     well = run(VOICE_CLONE, "doctor", "--port", str(free_port()), environment=environment)
     assert well.returncode == 0, well.stdout
