@@ -25,8 +25,8 @@ _RATE = 0.15
 _HOP_FRAMES = 120
 _CURVATURE_COST = 0.04
 _SIZE_COST = 0.02
-#: The curve is kept within 8 dB (nepers of amplitude): what the encoder likes beyond that, ears do not.
-_LIMIT = 0.9
+#: The curve is kept within 13 dB (nepers of amplitude): what the encoder likes beyond that, ears do not.
+_LIMIT = 1.5
 
 
 def closing_equaliser(encoder: SpeakerEncoder, spoken: F32, speaker: F32, bandwidth_hz: float) -> F32:

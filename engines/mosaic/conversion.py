@@ -41,7 +41,7 @@ class Conversion:
         return moves @ self._voice.bank.synthesis + self._fixed_gain
 
     def _match(self, stop: int) -> None:
-        """Compute the moves of all frames before ``stop``. Silence does not move."""
+        """Compute the moves of all frames before ``stop``. All silence moves alike."""
         if stop <= self._matched:
             return
         frames = len(self._parts)
@@ -53,7 +53,7 @@ class Conversion:
         voiced = self._parts.voiced[start:stop] & self._speech[start:stop]
         unvoiced = ~voiced & self._speech[start:stop]
         moves = self._moves[start:stop]
-        moves[...] = 0.0
+        moves[...] = self._voice.silence_move
         moves[voiced] = self._voice.voiced.moves(vectors[voiced], shapes[voiced])
         moves[unvoiced] = self._voice.unvoiced.moves(vectors[unvoiced], shapes[unvoiced])
 

@@ -42,9 +42,9 @@ _VOCAL_TRACT_RATIOS = (0.8, 0.86, 0.92, 1.0, 1.08)
 _SMALL_SPEAKER_HZ = 160.0
 #: Intonation may be flattened or exaggerated this much; more sounds acted.
 _F0_SCALE_RANGE = (0.7, 1.2)
-#: Long-term gains are limited to 12 dB (nepers of amplitude): the colour of a dull or narrow recording is
+#: Long-term gains are limited to 17 dB (nepers of amplitude): the colour of a dull or narrow recording is
 #: copied, but not so far that words go under.
-_EQUALISER_LIMIT = 1.4
+_EQUALISER_LIMIT = 2.0
 #: Level at which calibration is rendered: low enough for the renderer's limiter to stay idle.
 _QUIET_LEVEL = -6.0
 
@@ -123,9 +123,7 @@ class Enrolment:
         floor = speech_floor(energy)
         spoken = energy > floor
         base_log_mel = bank.log_mel(power[spoken])
-        # Means of power, not of its logarithm: the loud frames decide. The quiet ones would teach the noise
-        # of the recording to a voice that has none.
-        gain = 0.5 * (_log_mean_power(log_mel) - _log_mean_power(base_log_mel))
+        gain = 0.5 * (log_mel.mean(axis=0) - base_log_mel.mean(axis=0))
         gain = np.clip(gain - gain.mean(), -_EQUALISER_LIMIT, _EQUALISER_LIMIT)
         return VoiceProfile(
             f0_scale=f0_scale,
@@ -178,9 +176,3 @@ class Enrolment:
         active = mean_square > mean_square.max() * 10 ** (SPEECH_DB / 10)
         rms = float(np.sqrt(mean_square[active].mean()))
         return replace(profile, level=_QUIET_LEVEL + float(np.log(SPEECH_LEVEL / rms)))
-
-
-def _log_mean_power(log_mel: F32) -> F32:
-    """Log of the mean power per band, [MEL_BANDS], of ``log_mel`` [frames, MEL_BANDS]."""
-    mean: F32 = np.log(np.exp(log_mel).mean(axis=0))
-    return mean
