@@ -333,7 +333,6 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:<32}{value:>10.3f}")
     if not quick:
-        RESULTS.parent.mkdir(exist_ok=True)
         write_result(
             "default_engine", figures, at=started_on, details={"speakers": [asdict(one) for one in results]}
         )
