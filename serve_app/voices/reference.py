@@ -2,7 +2,7 @@
 
 The guards, in the order in which they act:
 
-1. size: ``read_bounded`` stops reading, ``ReferenceReader.read`` looks again
+1. size: the ingress stops reading a body over its limit, ``ReferenceReader.read`` looks again
 2. container: magic bytes against a short list; names and headers sent by the client decide nothing
 3. header: sample rate, channels, declared length
 4. bounded decode: one block beyond the longest recording accepted, then it stops
@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -56,7 +56,6 @@ __all__ = [
     "ReferenceReader",
     "decode_flac",
     "fingerprint_of",
-    "read_bounded",
     "sniff_container",
 ]
 
@@ -146,19 +145,6 @@ def decode_flac(flac: bytes) -> tuple[Samples, int]:
     if samples.ndim != 1 or not len(samples):
         raise AudioUndecodable("The recording is damaged. Enrol the voice again.")
     return samples, int(sample_rate_hz)
-
-
-async def read_bounded(stream: AsyncIterable[bytes], max_bytes: int) -> bytes:
-    """Read ``stream`` to its end, but never hold more than ``max_bytes`` and one block.
-
-    Raises ``BodyTooLarge`` as soon as there is more.
-    """
-    body = bytearray()
-    async for block in stream:
-        if len(body) + len(block) > max_bytes:
-            raise _body_too_large(max_bytes)
-        body += block
-    return bytes(body)
 
 
 def sniff_container(data: bytes) -> Container:

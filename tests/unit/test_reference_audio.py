@@ -11,7 +11,7 @@ import random
 import struct
 import sys
 import zipfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -41,7 +41,6 @@ from serve_app.voices.reference import (
     ReferenceReader,
     decode_flac,
     fingerprint_of,
-    read_bounded,
     sniff_container,
 )
 
@@ -340,27 +339,6 @@ async def test_upload_size_is_bounded() -> None:
     reader = ReferenceReader(ReferenceLimits(max_upload_bytes=2048))
     with pytest.raises(BodyTooLarge, match="MiB"):
         await reader.read(as_file(speech()))
-
-
-async def test_read_bounded_stops_at_the_limit() -> None:
-    taken = 0
-
-    async def endless() -> AsyncIterator[bytes]:
-        nonlocal taken
-        while True:
-            taken += 1000
-            yield bytes(1000)
-
-    with pytest.raises(BodyTooLarge):
-        await read_bounded(endless(), 10_000)
-    assert taken == 11_000
-
-    async def short() -> AsyncIterator[bytes]:
-        yield b"ab"
-        yield b""
-        yield b"cd"
-
-    assert await read_bounded(short(), 4) == b"abcd"
 
 
 # --- length, silence, quality ---------------------------------------------------------------------------
