@@ -11,10 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from engines.contract import Conditioning, EngineCard, EngineError, Samples
 from serve_app.errors import VoiceCloneError
+
+
+class Priority(StrEnum):
+    """How soon a request wants to be heard. Bulk work waits for everything interactive."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: what limits and fair shares are counted by."""
+
+    #: IP address of the client; "local" for a call by handle.
+    address: str = "local"
+    #: Name of the configured API key; empty for a caller without one.
+    key: str = ""
+
+    @property
+    def client(self) -> str:
+        """The one name fair shares go by: the key's, else the address."""
+        return f"key:{self.key}" if self.key else f"ip:{self.address}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +57,8 @@ class SpeechRequest:
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = "public"
     request_id: str = ""
+    caller: Caller = field(default_factory=Caller)
+    priority: Priority = Priority.INTERACTIVE
 
 
 @dataclass(frozen=True, slots=True)
