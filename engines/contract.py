@@ -35,7 +35,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -144,6 +144,8 @@ class EngineCard:
     max_reference_s: float = 30.0
     #: Request options the engine reads from ``Utterance.options``.
     options: tuple[str, ...] = ()
+    #: Fields that all utterances of one batch must have in common, for a model that cannot mix them.
+    batch_by: tuple[Literal["language", "speed", "conditioning", "options"], ...] = ()
 
     def max_chars(self, language: str) -> int:
         """Longest utterance in characters for ``language``."""

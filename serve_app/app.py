@@ -66,7 +66,7 @@ def _engine(name: str, settings: EngineSettings) -> serve.Application:
         request_router_config=RequestRouterConfig.model_validate(backoff),
         **_scale(settings.replicas, busy_requests=max_batches, runtime_env=settings.runtime_env),
     )
-    return deployment.bind(settings.engine or name, settings.config)
+    return deployment.bind(settings.engine or name, settings.config, settings.batching.chunk_timeout_s)
 
 
 def _scale(

@@ -53,6 +53,22 @@ class Replicas(_Section):
         return self
 
 
+class BatchSettings(_Section):
+    """How utterances are sent to an engine's replicas. Changes live through ``user_config``."""
+
+    max_rows: int | None = Field(
+        default=None, ge=1, le=1024, description="Utterances of one batch; the engine's slots if left out."
+    )
+    max_chars: int | None = Field(
+        default=None, ge=1, description="Characters of one batch; unbounded if left out."
+    )
+    chunk_timeout_s: float = Field(
+        default=15.0,
+        gt=0,
+        description="A replica that yields nothing for this long is given up and its work done elsewhere.",
+    )
+
+
 class EngineSettings(_Section):
     """One served engine."""
 
@@ -65,6 +81,10 @@ class EngineSettings(_Section):
     )
     runtime_env: dict[str, Any] | None = Field(
         default=None, description="Ray runtime environment of this engine's replicas."
+    )
+    batching: BatchSettings = Field(default_factory=BatchSettings, description="Batches.")
+    fallback: tuple[str, ...] = Field(
+        default=(), description="Served engines that speak in its place if it cannot begin, in order."
     )
 
 
@@ -105,14 +125,48 @@ class LimitSettings(_Section):
 
     max_input_chars: int = Field(default=4096, ge=1, description="Longest text of one speech request.")
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest JSON body.")
-    max_queued_utterances: int = Field(
-        default=256, ge=1, description="Utterances that may wait for one engine in one router."
+    max_queued_requests: int = Field(
+        default=256, ge=1, description="Requests that may wait for their first audio from one engine."
+    )
+    max_queue_wait_s: float = Field(
+        default=20.0, gt=0, description="A request that no engine begins within this long is answered 503."
+    )
+    max_redo_wait_s: float = Field(
+        default=60.0, gt=0, description="Wait for another replica after one was lost while speaking."
     )
     look_ahead_utterances: int = Field(
-        default=2, ge=1, le=32, description="Utterances of one request worked on at once."
+        default=8, ge=1, le=256, description="Utterances of one request worked on at once."
+    )
+    look_ahead_s: float = Field(
+        default=60.0, gt=0, description="Audio of one request made ahead of its reader; more waits for it."
+    )
+    shutdown_grace_s: float = Field(
+        default=60.0, ge=0, description="Time running speeches get to end when the server is stopped."
+    )
+    stall_timeout_s: float = Field(
+        default=300.0, gt=0, description="A reader that takes nothing for this long loses its connection."
     )
     first_audio_timeout_s: float = Field(
         default=25.0, gt=0, description="A request without sound after this long is answered 503."
+    )
+
+
+class CacheSettings(_Section):
+    """Finished audio kept for the next request that asks for the same."""
+
+    max_mb: int = Field(default=0, ge=0, description="Memory of one router for finished audio; 0 is off.")
+    unseeded: bool = Field(
+        default=False,
+        description="Cache requests without a seed too: the same text then always sounds the same.",
+    )
+
+
+class UserConfig(_Section):
+    """What ``user_config`` of the router may change while the server runs: parts of the tree above it."""
+
+    limits: dict[str, Any] = Field(default_factory=dict, description="Some of `limits`.")
+    batching: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Some of `engines.NAME.batching`, by engine name."
     )
 
 
@@ -140,6 +194,7 @@ class Settings(BaseSettings):
     router: Replicas = Field(default_factory=Replicas, description="Copies of the router.")
     voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
+    cache: CacheSettings = Field(default_factory=CacheSettings, description="Cache of finished audio.")
 
     _file: ClassVar[str] = CONFIG_VARIABLE
 
@@ -171,10 +226,34 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "Settings":
-        for alias, target in {**self.model_aliases, "default_engine": self.default_name}.items():
+        names = {**self.model_aliases, "default_engine": self.default_name}
+        for name, engine in self.engines.items():
+            names.update({f"engines.{name}.fallback": target for target in engine.fallback})
+        for name, target in names.items():
             if target not in self.engines:
-                raise ValueError(f"'{alias}' points to engine '{target}', which is not served")
+                raise ValueError(f"'{name}' points to engine '{target}', which is not served")
         return self
+
+    def reconfigured(self, user_config: dict[str, Any]) -> "Settings":
+        """These settings with the parts of ``user_config`` in their place. Raises ``ConfigError``."""
+        try:
+            changes = UserConfig.model_validate(user_config)
+            if unknown := sorted(set(changes.batching) - set(self.engines)):
+                raise ConfigError(f"user_config: 'batching.{unknown[0]}': no such engine is served.")
+            limits = LimitSettings.model_validate({**self.limits.model_dump(), **changes.limits})
+            engines = {
+                name: engine.model_copy(
+                    update={
+                        "batching": BatchSettings.model_validate(
+                            {**engine.batching.model_dump(), **changes.batching.get(name, {})}
+                        )
+                    }
+                )
+                for name, engine in self.engines.items()
+            }
+        except ValidationError as error:
+            raise ConfigError(describe(error, "user_config")) from error
+        return self.model_copy(update={"limits": limits, "engines": engines})
 
     @property
     def default_name(self) -> str:

@@ -20,7 +20,8 @@
     + InternalError 500             server_error
       - EngineFailed
     + Unavailable 503               server_error
-      - Overloaded · EngineUnavailable · StoreUnavailable · VoiceDamaged
+      - Overloaded · QueueTimeout · EngineUnavailable · ShuttingDown · StoreUnavailable · VoiceDamaged
+    + ListenerStalled 408           timeout_error
     + StorageFull 507               server_error
 
 ``message`` is one or two sentences that end with the next step. It never holds a path, a library's words, a
@@ -298,6 +299,20 @@ class EngineUnavailable(Unavailable):
     title = "Engine unavailable"
 
 
+class QueueTimeout(Unavailable):
+    """The request waited for an engine for as long as it may."""
+
+    code = "queue_timeout"
+    title = "Queue timeout"
+
+
+class ShuttingDown(Unavailable):
+    """The server finishes what it has begun and takes nothing new."""
+
+    code = "shutting_down"
+    title = "Shutting down"
+
+
 class StoreUnavailable(Unavailable):
     """The voice store cannot be read or written."""
 
@@ -311,6 +326,15 @@ class VoiceDamaged(Unavailable):
     code = "voice_damaged"
     title = "Voice damaged"
     retryable = False
+
+
+class ListenerStalled(VoiceCloneError):
+    """The client has stopped reading its audio. It learns of it by the cut connection."""
+
+    status = 408
+    type = "timeout_error"
+    code = "listener_stalled"
+    title = "Listener stalled"
 
 
 class StorageFull(VoiceCloneError):

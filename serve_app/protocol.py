@@ -59,6 +59,10 @@ class SpeechRequest:
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
     priority: Priority = Priority.INTERACTIVE
+    #: Served engines to try in order if the chosen one cannot begin; None takes the configured ones.
+    fallback_engines: tuple[str, ...] | None = None
+    #: Unique name of this speech if its reader reports what it has taken; empty if it does not.
+    speech_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,3 +155,18 @@ class ReplicaActivity:
     batches: int
     largest_batch: int
     chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouterActivity:
+    """What one router holds now."""
+
+    process_id: int
+    #: Requests in the router, waiting ones included.
+    speeches: int
+    #: Utterances in queues, and on replicas.
+    waiting: int
+    speaking: int
+    #: Recordings that are being made, and readers that report what they take.
+    recordings: int
+    readers: int

@@ -9,10 +9,15 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
+
+import numpy as np
+from ray import serve
 
 from engines.contract import (
     Abandon,
@@ -26,11 +31,18 @@ from engines.contract import (
 )
 from engines.registry import engine_class
 from serve_app.protocol import EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
+from serve_app.soundness import SoundCheck
 
 logger = logging.getLogger("ray.serve")
 
 #: Chunks a model thread may be ahead of the socket that carries them away.
 MAX_CHUNKS_AHEAD = 8
+#: How often a batch that waits for its turn says so.
+_BEAT_S = 1.0
+#: A step that takes this many times its timeout will never end.
+_STUCK_AFTER_TIMEOUTS = 3
+#: Failed rows in a row after which the engine has to prove itself.
+_SUSPICIOUS_FAILURES = 3
 
 T = TypeVar("T")
 
@@ -38,16 +50,24 @@ T = TypeVar("T")
 class EngineReplica:
     """One loaded engine, its slots, and the rows it works on."""
 
-    def __init__(self, engine_name: str, engine_config: dict[str, Any]) -> None:
+    def __init__(self, engine_name: str, engine_config: dict[str, Any], step_timeout_s: float = 30.0) -> None:
         kind = engine_class(engine_name)
         self._engine: Engine = kind(kind.Config.model_validate(engine_config))
         # Serve runs this constructor in a thread of its own: loading blocks no event loop.
         self._engine.load()
+        self._step_timeout_s = step_timeout_s
         self._free = asyncio.Semaphore(kind.concurrent_batches)
         self._rows: dict[str, Abandon] = {}
+        self._running: dict[int, float] = {}
+        self._proven: Utterance | None = None
+        self._failures = 0
         self._batches = self._largest_batch = self._chunks = 0
         self._threads = ThreadPoolExecutor(kind.concurrent_batches, thread_name_prefix="synthesize")
         self._enrolment = ThreadPoolExecutor(1, thread_name_prefix="extract_voice")
+
+    async def identify(self) -> str:
+        """The id by which Serve and the router know this replica."""
+        return serve.get_replica_context().replica_id.unique_id
 
     async def describe(self) -> EngineFacts:
         """The engine's card and what only the loaded engine knows."""
@@ -55,7 +75,10 @@ class EngineReplica:
         return EngineFacts(engine.card, engine.languages, engine.config.slots, engine.weights_fingerprint)
 
     async def synthesize(self, batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
-        """Speak a batch; each answer is the list of chunks that were ready. Closing it stops the engine."""
+        """Speak a batch; each answer is the list of chunks that were ready. Closing it stops the engine.
+
+        While the batch waits for its turn, empty answers say that it does not wait in vain.
+        """
         utterances = [
             Utterance(
                 call.text,
@@ -70,31 +93,111 @@ class EngineReplica:
         for call, utterance in zip(batch, utterances, strict=True):
             self._rows[call.call_id] = utterance.abandoned
         try:
-            async with self._free:
-                stream = ThreadStream(
-                    lambda: self._engine.synthesize(utterances), self._threads, MAX_CHUNKS_AHEAD
-                )
-                open_rows = set(range(len(batch)))
-                self._batches += 1
-                self._largest_batch = max(self._largest_batch, len(batch))
-                try:
-                    async for chunks in stream:
-                        self._chunks += len(chunks)
-                        open_rows.difference_update(chunk.row for chunk in chunks if chunk.last)
-                        yield [RowAudio(c.row, c.samples, c.last, c.error) for c in chunks]
-                except EngineError as error:
-                    yield [_failed(row, error) for row in open_rows]
-                except Exception:
-                    logger.exception("The engine failed on a batch of %d.", len(batch))
-                    yield [_failed(row, SynthesisFailed("The engine failed.")) for row in open_rows]
-                finally:
-                    # An engine that waits inside a step sees the flags; one that yields sees the close.
-                    for utterance in utterances:
-                        utterance.abandoned.set()
-                    await stream.aclose()
+            async with aclosing(self._turn()) as waiting:
+                async for _ in waiting:
+                    yield []
+            try:
+                async with aclosing(self._speak(utterances)) as answers:
+                    async for answer in answers:
+                        yield answer
+            finally:
+                self._free.release()
         finally:
             for call in batch:
                 self._rows.pop(call.call_id, None)
+
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """Take a place in the engine; yields every now and then while the engine makes progress."""
+        while True:
+            try:
+                async with asyncio.timeout(_BEAT_S):
+                    await self._free.acquire()
+            except TimeoutError:
+                if not self._stuck(self._step_timeout_s):
+                    yield
+            else:
+                return
+
+    async def _speak(self, utterances: list[Utterance]) -> AsyncGenerator[list[RowAudio], None]:
+        """The checked chunks of a batch. Rows that fail end with their error, the others go on."""
+        stream = ThreadStream(lambda: self._engine.synthesize(utterances), self._threads, MAX_CHUNKS_AHEAD)
+        self._batches += 1
+        self._largest_batch = max(self._largest_batch, len(utterances))
+        self._running[id(stream)] = time.monotonic()
+        rows = {row: SoundCheck(self._engine.card.sample_rate_hz) for row in range(len(utterances))}
+        try:
+            async for chunks in stream:
+                self._running[id(stream)] = time.monotonic()
+                self._chunks += len(chunks)
+                if answer := [audio for chunk in chunks for audio in self._checked(chunk, utterances, rows)]:
+                    yield answer
+        except EngineError as error:
+            yield [self._failure(row, error) for row in rows]
+        except Exception:
+            logger.exception("The engine failed on a batch of %d.", len(utterances))
+            yield [self._failure(row, SynthesisFailed("The engine failed.")) for row in rows]
+        finally:
+            # An engine that waits inside a step sees the flags; one that yields sees the close.
+            for utterance in utterances:
+                utterance.abandoned.set()
+            await stream.aclose()
+            del self._running[id(stream)]
+
+    def _checked(
+        self, chunk: Chunk, utterances: list[Utterance], rows: dict[int, SoundCheck]
+    ) -> Iterator[RowAudio]:
+        """What may be heard of ``chunk``; a row that ends, well or badly, leaves ``rows``."""
+        check = rows.get(chunk.row)
+        if check is None:
+            return
+        if chunk.error is not None:
+            del rows[chunk.row]
+            yield self._failure(chunk.row, chunk.error)
+            return
+        try:
+            samples = check.passed(chunk.samples)
+            if chunk.last:
+                samples = np.concatenate([samples, check.finish()])
+        except SynthesisFailed as error:
+            del rows[chunk.row]
+            utterances[chunk.row].abandoned.set()
+            yield self._failure(chunk.row, error)
+            return
+        if chunk.last:
+            del rows[chunk.row]
+            self._failures = 0
+            self._proven = utterances[chunk.row]
+        if len(samples) or chunk.last:
+            yield RowAudio(chunk.row, samples, chunk.last)
+
+    def _failure(self, row: int, error: EngineError) -> RowAudio:
+        if isinstance(error, SynthesisFailed):
+            self._failures += 1
+        closing = Chunk.failure(row, error)
+        return RowAudio(row, closing.samples, closing.last, closing.error)
+
+    def _stuck(self, for_s: float) -> bool:
+        """True if a batch runs that has made no progress ``for_s``."""
+        return any(since_s < time.monotonic() - for_s for since_s in self._running.values())
+
+    async def check_health(self) -> None:
+        """Called by Serve now and then; what is raised lets Serve replace this replica.
+
+        A text can make a healthy engine fail. After some failures in a row the engine has to repeat what it
+        was last able to say; only if it cannot do that either it is broken.
+        """
+        if self._stuck(_STUCK_AFTER_TIMEOUTS * self._step_timeout_s):
+            raise RuntimeError("The engine has not returned from a step.")
+        if self._failures < _SUSPICIOUS_FAILURES or self._free.locked():
+            return
+        if self._proven is None:
+            raise RuntimeError(f"The engine has failed {self._failures} times and never spoken.")
+        async with self._free:
+            self._failures = 0
+            async with aclosing(self._speak([replace(self._proven, abandoned=Abandon())])) as answers:
+                rows = [audio async for answer in answers for audio in answer]
+        if not rows or rows[-1].error is not None:
+            raise RuntimeError("The engine can no longer say what it could say before.")
 
     async def activity(self) -> ReplicaActivity:
         """What this replica does and has done."""
@@ -128,11 +231,6 @@ class EngineReplica:
             return await asyncio.get_running_loop().run_in_executor(self._enrolment, work)
         except EngineError as error:
             return error
-
-
-def _failed(row: int, error: EngineError) -> RowAudio:
-    closing = Chunk.failure(row, error)
-    return RowAudio(row, closing.samples, closing.last, closing.error)
 
 
 @dataclass(frozen=True, slots=True)

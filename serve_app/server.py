@@ -18,8 +18,10 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from rich.console import Console
 
-from serve_app.app import APP_NAME, build_app
+from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import ConfigError, Settings, load_settings
+from serve_app.errors import Unavailable
+from serve_app.handle import RouterHandle
 from serve_app.voices.store import VoiceStore
 
 
@@ -96,13 +98,26 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
         console.print(f"Voice Clone TTS listens on http://{host}:{port} ({', '.join(settings.engines)}).")
         console.print("Stop with Ctrl-C.")
         stop.wait()
-    finally:
         with console.status("Finishing running speeches…"):
+            _finish(settings.limits.shutdown_grace_s, console)
+    finally:
+        with console.status("Stopping…"):
             serve.delete(APP_NAME)
             if address == "local":
                 reset_ray_address()
             # Ends a Ray that was started here, and only lets go of one that was joined.
             ray.shutdown()
+
+
+def _finish(grace_s: float, console: Console) -> None:
+    """Let running speeches end before the graph is taken down; a second signal does not shorten it."""
+    try:
+        left = asyncio.run(RouterHandle(router_handle()).drain(grace_s))
+    except Unavailable as error:
+        console.print(f"Running speeches could not be waited for: {error.message}")
+    else:
+        if left:
+            console.print(f"{left} speeches did not end within {grace_s:g} s and are cut off.")
 
 
 def _stop_on_signals(stop: threading.Event) -> None:

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -59,6 +60,10 @@ class ToneConfig(EngineConfig):
     nan_text: str = Field(default="[nan]", description="An utterance holding this yields NaN.")
     silent_text: str = Field(default="[silent]", description="An utterance holding this yields no sound.")
     fault_after_chunks: int = Field(default=0, ge=0, description="Good chunks before any of these faults.")
+    fault_ticket: Path | None = Field(
+        default=None,
+        description="A file that one fault uses up; without it marked texts are spoken.",
+    )
 
 
 @dataclass(slots=True)
@@ -68,6 +73,8 @@ class _Row:
     samples: Samples
     sent: int = 0
     chunks: int = 0
+    #: True if it has used up the ticket.
+    faulty: bool = False
 
 
 class ToneEngine(Engine):
@@ -143,23 +150,43 @@ class ToneEngine(Engine):
 
     def _next_chunk(self, row: _Row, chunk_frames: int) -> Chunk:
         samples = row.samples[row.sent : row.sent + chunk_frames]
-        text = row.utterance.text
-        if row.chunks >= self.settings.fault_after_chunks:
-            if self.settings.fail_text in text:
+        if self._faulty(row):
+            settings, text = self.settings, row.utterance.text
+            if settings.fail_text in text:
                 row.sent = len(row.samples)
                 return Chunk.failure(row.index, SynthesisFailed("The text asked for a failure."))
-            if self.settings.crash_text in text:
+            if settings.crash_text in text:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if self.settings.hang_text in text:
+            if settings.hang_text in text:
                 while not row.utterance.abandoned.wait(0.02):
                     pass
-            if self.settings.nan_text in text:
+            if settings.nan_text in text:
                 samples = np.full_like(samples, np.nan)
-            if self.settings.silent_text in text:
+            if settings.silent_text in text:
                 samples = np.zeros_like(samples)
         row.sent += len(samples)
         row.chunks += 1
         return Chunk(row.index, samples, last=row.sent >= len(row.samples))
+
+    def _faulty(self, row: _Row) -> bool:
+        """True if the text of ``row`` is marked and its fault is due."""
+        settings, text = self.settings, row.utterance.text
+        marks = (
+            settings.fail_text,
+            settings.crash_text,
+            settings.hang_text,
+            settings.nan_text,
+            settings.silent_text,
+        )
+        if row.chunks < settings.fault_after_chunks or not any(mark in text for mark in marks):
+            return False
+        if settings.fault_ticket is not None and not row.faulty:
+            try:
+                settings.fault_ticket.unlink()
+            except FileNotFoundError:
+                return False
+            row.faulty = True
+        return True
 
 
 def render(utterance: Utterance) -> Samples:

@@ -49,6 +49,9 @@ class SpeechBody(BaseModel):
         default=None, ge=8_000, le=48_000, description="Rate of the answer in Hz."
     )
     seed: StrictInt | None = Field(default=None, ge=0, lt=2**63, description="Same seed, same samples.")
+    fallback_engines: Annotated[list[str], Field(max_length=8)] | None = Field(
+        default=None, description="Engines to try in order if the chosen one cannot begin."
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="The engine's own options.")
 
     @property
@@ -78,6 +81,7 @@ def routes(router: RouterHandle) -> APIRouter:
                 speed=body.speed,
                 seed=body.seed,
                 options=body.engine_options,
+                fallback_engines=None if body.fallback_engines is None else tuple(body.fallback_engines),
                 request_id=request.state.request_id,
             ),
             body.response_format,

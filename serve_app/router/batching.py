@@ -1,217 +1,387 @@
 """Dynamic batching, slot first: reserve a replica, then take what waits, then send it as one batch.
 
 At low load an utterance leaves at once and alone; under load it waits for a slot and leaves together with
-everything that waited beside it. No time is ever spent waiting for a batch to fill.
+everything that waited beside it and fits. No time is ever spent waiting for a batch to fill. Which rows are
+next is ``FairQueue``'s decision, taken as late as possible: with the slot in hand.
+
+A row whose replica dies, falls silent or fails is spoken again by another replica; what its listeners have
+heard already is skipped, and the seed makes the rest continue exactly there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
-import numpy as np
+from ulid import ULID
 
-from engines.contract import Samples
-from serve_app.errors import EngineFailed, EngineUnavailable, Overloaded, VoiceCloneError, from_engine
+from engines.contract import OutOfMemory, SynthesisFailed
+from serve_app.errors import (
+    EngineFailed,
+    EngineUnavailable,
+    Overloaded,
+    QueueTimeout,
+    VoiceCloneError,
+    from_engine,
+)
 from serve_app.protocol import RowAudio, UtteranceCall
-from serve_app.router.dispatch import REPLICA_LOST, BatchCall, EngineDispatch
+from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, Slot
+from serve_app.router.fair_queue import FairQueue, Tier
+from serve_app.router.metrics import BATCH_ROWS, QUEUE_WAIT, REAL_TIME_FACTOR, RETRIES, WAITING, Metrics
+from serve_app.router.rows import Row
 
 logger = logging.getLogger("ray.serve")
 
 #: Replicas an utterance is sent to before its request fails. The seed makes every try sound the same.
 MAX_TRIES = 3
+#: Slots waited for at once: more makes Serve add replicas sooner, each costs Serve some probing.
+_MAX_RESERVING = 8
+#: A slot that takes longer may come from a replica that will never answer: ask for another beside it.
+_HEDGE_AFTER_S = 2.0
+#: Wait before looking again for a replica other than the one that failed.
+_ELSEWHERE_INTERVAL_S = 0.2
+#: Rows whose end times give the rate that `Retry-After` is computed from.
+_RATE_ROWS = 32
+_RETRY_AFTER_S = (1.0, 60.0)
 
 
-@dataclass(frozen=True, slots=True)
-class _End:
-    error: VoiceCloneError | None = None
+@dataclass(slots=True)
+class QueueLimits:
+    """What bounds a queue and its batches. May change at any time and holds for the next decision."""
 
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One utterance on its way through the queue: iterate it for its samples, ``leave`` it when done.
-
-    The buffer holds at most the audio of this one utterance, whose length the engine's card bounds: a slow
-    reader delays nobody else's row of the same batch.
-    """
-
-    call: UtteranceCall
-    queue: EngineQueue
-    tries: int = 0
-    left: bool = False
-    _buffer: asyncio.Queue[Samples | _End] = field(default_factory=asyncio.Queue)
-    _received: int = 0
-    _skip: int = 0
-
-    async def __aiter__(self) -> AsyncIterator[Samples]:
-        """Samples as they come; what has come since the last look, in one piece."""
-        while not isinstance(item := await self._buffer.get(), _End):
-            ready = [item]
-            while not self._buffer.empty() and not isinstance(item := self._buffer.get_nowait(), _End):
-                ready.append(item)
-            yield np.concatenate(ready)
-            if isinstance(item, _End):
-                break
-        if item.error is not None:
-            raise item.error
-
-    def leave(self) -> None:
-        """Nobody reads this row any more: it is not sent, or its engine is told to stop. Idempotent."""
-        if not self.left:
-            self.left = True
-            self.queue.forget(self)
-
-    def deliver(self, samples: Samples) -> None:
-        """Samples from a replica; those an earlier try has delivered already are skipped."""
-        fresh = samples[self._skip :]
-        self._skip -= len(samples) - len(fresh)
-        if len(fresh):
-            self._received += len(fresh)
-            self._buffer.put_nowait(fresh)
-
-    def end(self, error: VoiceCloneError | None = None) -> None:
-        """No more samples; with ``error`` because it failed."""
-        self._buffer.put_nowait(_End(error))
-
-    def restart(self) -> None:
-        """Another replica speaks the whole utterance again, unheard up to where the last one came."""
-        self._skip = self._received
+    #: Utterances of one batch; the engine's slots.
+    max_rows: int
+    #: Characters of one batch; None is unbounded. A single row always fits.
+    max_chars: int | None
+    #: First utterances that may wait; an interactive request does not count what is bulk.
+    max_waiting: int
+    #: Longest wait of a first utterance, and of one that has to be spoken again.
+    max_wait_s: float
+    max_redo_wait_s: float
+    #: Longest silence of a replica that works on a batch.
+    chunk_timeout_s: float
 
 
 @dataclass(slots=True, eq=False)
 class _Batch:
     rows: list[Row]
+    ids: list[str]
+    replica: str
     task: asyncio.Task[None]
+    sent_at_s: float
     open: set[int]
 
 
 class EngineQueue:
-    """The utterances of all requests that wait for one engine, and the batches in flight.
+    """The utterances of all requests that wait for one engine, and the batches in flight."""
 
-    ``max_rows`` is the engine's slots; it may change at any time and holds for the next batch.
-    """
-
-    def __init__(self, dispatch: EngineDispatch, *, max_rows: int, max_waiting: int) -> None:
-        self.max_rows = max_rows
-        self.max_waiting = max_waiting
+    def __init__(
+        self, name: str, dispatch: EngineDispatch, limits: QueueLimits, metrics: Metrics, sample_rate_hz: int
+    ) -> None:
+        self.limits = limits
+        self._name = name
+        self._sample_rate_hz = sample_rate_hz
         self._dispatch = dispatch
-        self._waiting: deque[Row] = deque()
-        self._arrived = asyncio.Event()
-        self._batches: set[_Batch] = set()
+        self._metrics = metrics
+        self._queue: FairQueue[Row] = FairQueue()
+        self._queued_at_s: dict[Row, float] = {}
+        self._deadlines: dict[Row, asyncio.TimerHandle] = {}
+        self._failures: dict[Row, VoiceCloneError] = {}
+        self._sent: dict[Row, tuple[_Batch, int]] = {}
+        self._reserving: dict[asyncio.Task[None], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._pump: asyncio.Task[None] | None = None
+        self._ended_at_s: deque[float] = deque(maxlen=_RATE_ROWS)
+        self._looking_elsewhere = False
+        self._hedge: asyncio.TimerHandle | None = None
 
-    def submit(self, call: UtteranceCall) -> Row:
-        """Queue one utterance. Raises ``Overloaded`` if too many wait already."""
-        if len(self._waiting) >= self.max_waiting:
-            raise Overloaded("Too many utterances are waiting. Try again in a moment.", retry_after_s=1.0)
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._run())
-        row = Row(call, self)
-        self._waiting.append(row)
-        self._arrived.set()
+    @property
+    def waiting(self) -> int:
+        """Utterances not sent yet."""
+        return len(self._queue)
+
+    @property
+    def speaking(self) -> int:
+        """Utterances on a replica now."""
+        return len(self._sent)
+
+    def submit(
+        self,
+        call: UtteranceCall,
+        *,
+        client: str = "",
+        weight: float = 1.0,
+        tier: Tier = Tier.FIRST,
+        group: tuple[object, ...] = (),
+    ) -> Row:
+        """Queue one utterance. Raises ``Overloaded`` if it is a first one and too many wait already.
+
+        Later utterances are always taken: their request was accepted, and its look-ahead bounds them.
+        """
+        if tier in (Tier.FIRST, Tier.BULK_FIRST):
+            firsts = (Tier.FIRST,) if tier is Tier.FIRST else (Tier.FIRST, Tier.BULK_FIRST)
+            if self._queue.waiting(*firsts) >= self.limits.max_waiting:
+                raise Overloaded(
+                    "Too many requests wait for this engine. Try again in a moment.",
+                    retry_after_s=self.retry_after_s(),
+                )
+        row = Row(call, client, weight, tier, group)
+        row.when_done(lambda: self._forget(row))
+        self._put(row)
+        self._top_up()
         return row
 
-    def forget(self, row: Row) -> None:
-        """Stop working on a row that was left."""
-        if row in self._waiting:
-            self._waiting.remove(row)
+    def promote(self, row: Row, tier: Tier) -> None:
+        """Move a waiting row to ``tier`` if that is sooner."""
+        if tier < row.tier and self._queue.remove(row):
+            row.tier = tier
+            self._queue.put(row)
+
+    def retry_after_s(self) -> float:
+        """When a refused request may find room: the time the rows that wait now will take."""
+        least_s, most_s = _RETRY_AFTER_S
+        if len(self._ended_at_s) < 2:
+            return least_s
+        span_s = self._ended_at_s[-1] - self._ended_at_s[0]
+        per_row_s = span_s / (len(self._ended_at_s) - 1)
+        return min(max(per_row_s * len(self._queue), least_s), most_s)
+
+    def end_all(self, error: VoiceCloneError) -> None:
+        """End every row that waits."""
+        for row in list(self._queue):
+            self._drop(row, error)
+
+    def _put(self, row: Row) -> None:
+        limits = self.limits
+        now_s = time.monotonic()
+        self._queued_at_s[row] = now_s
+        if row.tier is Tier.REDO:
+            self._set_deadline(row, limits.max_redo_wait_s)
+        elif row.tier in (Tier.FIRST, Tier.BULK_FIRST):
+            self._set_deadline(row, limits.max_wait_s)
+        self._queue.put(row)
+        self._metrics.level(WAITING, len(self._queue), engine=self._name)
+
+    def _set_deadline(self, row: Row, wait_s: float) -> None:
+        error = self._failures.get(row) or QueueTimeout(
+            f"No engine was free within {wait_s:g} s. Try again later.", retry_after_s=self.retry_after_s()
+        )
+        self._deadlines[row] = asyncio.get_running_loop().call_later(wait_s, self._drop, row, error)
+
+    def _unqueued(self, row: Row) -> None:
+        """Forget what was kept about a row while it waited."""
+        self._queued_at_s.pop(row, None)
+        self._failures.pop(row, None)
+        if (deadline := self._deadlines.pop(row, None)) is not None:
+            deadline.cancel()
+        self._metrics.level(WAITING, len(self._queue), engine=self._name)
+
+    def _drop(self, row: Row, error: VoiceCloneError) -> None:
+        if self._queue.remove(row):
+            self._unqueued(row)
+            row.end(error)
+
+    def _forget(self, row: Row) -> None:
+        """Stop working on a row that everyone has left; nothing to do for one that has ended."""
+        if self._queue.remove(row):
+            self._unqueued(row)
             return
-        for batch in self._batches:
-            if row in batch.rows:
-                if all(batch.rows[index].left for index in batch.open):
-                    batch.task.cancel()
-                elif batch.rows.index(row) in batch.open:
-                    self._spawn(self._dispatch.abandon([row.call.call_id]))
-                return
+        if row.ended or row not in self._sent:
+            return
+        batch, index = self._sent[row]
+        if all(batch.rows[other].left for other in batch.open):
+            batch.task.cancel()
+        elif index in batch.open:
+            self._spawn(self._abandon(batch.ids[index]))
 
-    async def close(self) -> None:
-        """Stop all work."""
-        for task in [*self._tasks, *([self._pump] if self._pump else [])]:
-            task.cancel()
+    async def _abandon(self, call_id: str) -> None:
+        try:
+            await self._dispatch.abandon([call_id])
+        except REPLICA_LOST as error:
+            # One of the replicas is gone; if it was the row's, so is the row.
+            logger.info("Not every replica heard of an abandoned row: %s", type(error).__name__)
 
-    async def _run(self) -> None:
-        while True:
-            while not self._waiting:
-                self._arrived.clear()
-                await self._arrived.wait()
-            taken = asyncio.Event()
-            self._spawn(self._serve_batch(taken))
-            await taken.wait()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
-    async def _serve_batch(self, taken: asyncio.Event) -> None:
+    def _top_up(self) -> None:
+        """Have as many slots asked for as the waiting rows can fill."""
+        if not self._queue:
+            return
+        now_s = time.monotonic()
+        overdue = sum(since_s < now_s - _HEDGE_AFTER_S for since_s in self._reserving.values())
+        wanted = min(ceil(len(self._queue) / self.limits.max_rows) + overdue, _MAX_RESERVING)
+        while len(self._reserving) < wanted:
+            task = self._spawn(self._serve_batch())
+            self._reserving[task] = now_s
+        if self._hedge is None:
+            self._hedge = asyncio.get_running_loop().call_later(_HEDGE_AFTER_S, self._look_again)
+
+    def _look_again(self) -> None:
+        self._hedge = None
+        self._top_up()
+
+    async def _serve_batch(self) -> None:
         """Hold one slot from before the rows are chosen until they are spoken."""
-        try:
-            async with self._dispatch.slot() as send:
-                rows = [self._waiting.popleft() for _ in range(min(self.max_rows, len(self._waiting)))]
-                taken.set()
-                if rows:
-                    await self._exchange(send, rows)
-        except REPLICA_LOST as error:
-            # No replica could be reserved: whoever waits would wait in vain.
-            logger.warning("No replica can be reserved: %s", type(error).__name__)
-            while self._waiting:
-                self._waiting.popleft().end(
-                    EngineUnavailable("The engine is not running. Try again later.", retry_after_s=5.0)
-                )
-        finally:
-            taken.set()
-
-    async def _exchange(self, send: BatchCall, rows: list[Row]) -> None:
-        """Send a batch and share out what comes back; rows of a lost replica go to the front again."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - only called from a task
-        batch = _Batch(rows, task, set(range(len(rows))))
-        self._batches.add(batch)
-        for row in rows:
-            row.tries += 1
         try:
-            async with aclosing(send([row.call for row in rows])) as answers:
-                async for answer in answers:
+            async with self._dispatch.slot() as slot:
+                self._reserving.pop(task, None)
+                rows = self._take(slot.replica)
+                self._top_up()
+                if rows:
+                    await self._exchange(slot, rows, task)
+                elif self._queue:
+                    self._look_elsewhere()
+        except REPLICA_LOST as error:
+            if task not in self._reserving:
+                # The slot was given back to a replica that is no more; its rows are seen to already.
+                return
+            logger.warning("No replica can be reserved: %s", type(error).__name__)
+            self.end_all(EngineUnavailable("The engine is not running. Try again later.", retry_after_s=5.0))
+        finally:
+            self._reserving.pop(task, None)
+            self._top_up()
+
+    def _take(self, replica: str) -> list[Row]:
+        """The rows of the next batch: the fairest one, then those that go with it."""
+        first = self._queue.take(lambda row: row.avoid != replica)
+        if first is None:
+            return []
+        rows = [first]
+        limits = self.limits
+
+        def joins(row: Row) -> bool:
+            if row.avoid == replica or row.alone or row.group != first.group:
+                return False
+            return limits.max_chars is None or sum(r.cost for r in rows) + row.cost <= limits.max_chars
+
+        while len(rows) < limits.max_rows and not first.alone:
+            row = self._queue.take(joins)
+            if row is None:
+                break
+            rows.append(row)
+        now_s = time.monotonic()
+        for row in rows:
+            waited_s = now_s - self._queued_at_s[row]
+            self._metrics.observe(QUEUE_WAIT, waited_s, engine=self._name, tier=row.tier.name.lower())
+            self._unqueued(row)
+        self._metrics.observe(BATCH_ROWS, len(rows), engine=self._name)
+        return rows
+
+    def _look_elsewhere(self) -> None:
+        if not self._looking_elsewhere:
+            self._looking_elsewhere = True
+            self._spawn(self._find_elsewhere())
+
+    async def _find_elsewhere(self) -> None:
+        """Only rows wait that must not go back to the free replica: is there another one?"""
+        try:
+            replicas = await self._dispatch.replicas()
+            for row in list(self._queue):
+                if row.avoid is not None and replicas == frozenset((row.avoid,)):
+                    self._drop(row, self._failures.get(row) or _failed(row))
+            await asyncio.sleep(_ELSEWHERE_INTERVAL_S)
+        finally:
+            self._looking_elsewhere = False
+            self._top_up()
+
+    async def _exchange(self, slot: Slot, rows: list[Row], task: asyncio.Task[None]) -> None:
+        """Send a batch and share out what comes back."""
+        ids = [str(ULID()) for _ in rows]
+        batch = _Batch(rows, ids, slot.replica, task, time.monotonic(), set(range(len(rows))))
+        for index, row in enumerate(rows):
+            row.tries += 1
+            self._sent[row] = (batch, index)
+        try:
+            calls = [replace(row.call, call_id=call_id) for row, call_id in zip(rows, ids, strict=True)]
+            async with aclosing(slot.send(calls)) as answers:
+                while (answer := await self._next(answers)) is not None:
                     for audio in answer:
                         self._share(batch, audio)
-            self._fail_open(batch, EngineFailed("The engine ended before the speech did. Try again."))
+            early = EngineFailed("The engine ended before the speech did. Try again.")
+            self._redo_open(batch, "ended", early)
+        except TimeoutError:
+            logger.warning("Replica %s was silent for %g s.", slot.replica, self.limits.chunk_timeout_s)
+            self._redo_open(batch, "silent")
         except REPLICA_LOST as error:
             logger.warning("A replica was lost with %d rows: %s", len(batch.open), type(error).__name__)
-            self._try_again(batch)
-        except asyncio.CancelledError:
-            # Either everyone has left or the router goes down; in both cases nobody may wait for ever.
-            self._fail_open(batch, EngineUnavailable("The server is shutting down. Try again."))
-            raise
+            self._redo_open(batch, "lost")
         finally:
-            self._batches.discard(batch)
+            # Cancelled: everyone has left, or the router goes down; nobody may wait for ever.
+            for index in sorted(batch.open):
+                self._close(batch, index).end(
+                    EngineUnavailable("The server is shutting down. Try again.", retry_after_s=1.0)
+                )
+
+    async def _next(self, answers: AsyncGenerator[list[RowAudio], None]) -> list[RowAudio] | None:
+        """The next answer, None at the end. Raises ``TimeoutError`` if the replica is silent for too long."""
+        async with asyncio.timeout(self.limits.chunk_timeout_s):
+            return await anext(answers, None)
+
+    def _close(self, batch: _Batch, index: int) -> Row:
+        batch.open.discard(index)
+        row = batch.rows[index]
+        del self._sent[row]
+        return row
 
     def _share(self, batch: _Batch, audio: RowAudio) -> None:
+        if audio.row not in batch.open:
+            return
         row = batch.rows[audio.row]
         row.deliver(audio.samples)
-        if audio.last:
-            batch.open.discard(audio.row)
-            row.end(None if audio.error is None else from_engine(audio.error))
+        if not audio.last:
+            return
+        self._close(batch, audio.row)
+        if audio.error is None:
+            self._measure(batch, row)
+            row.end()
+        elif isinstance(audio.error, (SynthesisFailed, OutOfMemory)):
+            row.alone = isinstance(audio.error, OutOfMemory)
+            # A replica that is out of memory for a batch may have enough for the row alone.
+            failed_on = None if row.alone else batch.replica
+            self._redo(row, failed_on, "failed", from_engine(audio.error))
+        else:
+            row.end(from_engine(audio.error))
 
-    def _fail_open(self, batch: _Batch, error: VoiceCloneError) -> None:
-        for index in batch.open:
-            batch.rows[index].end(error)
-        batch.open.clear()
+    def _measure(self, batch: _Batch, row: Row) -> None:
+        now_s = time.monotonic()
+        self._ended_at_s.append(now_s)
+        audio_s = row.received / self._sample_rate_hz
+        if audio_s:
+            self._metrics.observe(REAL_TIME_FACTOR, (now_s - batch.sent_at_s) / audio_s, engine=self._name)
 
-    def _try_again(self, batch: _Batch) -> None:
-        for index in sorted(batch.open, reverse=True):
-            row = batch.rows[index]
-            if row.left:
-                continue
-            if row.tries >= MAX_TRIES:
-                row.end(EngineFailed(f"The engine failed {row.tries} times on this text. Try again later."))
-                continue
-            row.restart()
-            self._waiting.appendleft(row)
-        batch.open.clear()
-        self._arrived.set()
+    def _redo_open(self, batch: _Batch, reason: str, error: VoiceCloneError | None = None) -> None:
+        for index in sorted(batch.open):
+            row = self._close(batch, index)
+            self._redo(row, batch.replica, reason, error or _failed(row))
+
+    def _redo(self, row: Row, failed_on: str | None, reason: str, error: VoiceCloneError) -> None:
+        """Let a replica other than ``failed_on`` speak ``row`` again; without one it ends with ``error``."""
+        if row.left:
+            return
+        if row.tries >= MAX_TRIES:
+            row.end(error)
+            return
+        self._metrics.count(RETRIES, engine=self._name, reason=reason)
+        row.restart(failed_on)
+        row.tier = Tier.REDO
+        self._failures[row] = error
+        self._put(row)
+        self._top_up()
+
+
+def _failed(row: Row) -> VoiceCloneError:
+    return EngineFailed(
+        f"The engine failed {row.tries} time{'s' * (row.tries != 1)} on this text. Try again later."
+    )

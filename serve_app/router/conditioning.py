@@ -7,6 +7,7 @@ import logging
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import VoiceCloneError, from_engine
@@ -20,10 +21,19 @@ logger = logging.getLogger("ray.serve")
 _Key = tuple[str, str, str]
 
 
-@dataclass(slots=True)
-class _Entry:
+@dataclass(frozen=True, slots=True)
+class VoiceConditioning:
+    """Conditioning, and a hash of its content that stands for it in keys."""
+
     conditioning: Conditioning
+    digest: str
     read_at_s: float
+
+    @classmethod
+    def of(cls, conditioning: Conditioning) -> VoiceConditioning:
+        """As of now."""
+        digest = blake2b(conditioning.to_bytes(), digest_size=16).hexdigest()
+        return cls(conditioning, digest, time.monotonic())
 
 
 class ConditioningSource:
@@ -37,17 +47,17 @@ class ConditioningSource:
         self._store = store
         self._max_bytes = max_bytes
         self._ttl_s = ttl_s
-        self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
-        self._pending: dict[_Key, asyncio.Task[Conditioning]] = {}
+        self._entries: OrderedDict[_Key, VoiceConditioning] = OrderedDict()
+        self._pending: dict[_Key, asyncio.Task[VoiceConditioning]] = {}
         self._refining: set[asyncio.Task[None]] = set()
 
-    async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> Conditioning:
+    async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> VoiceConditioning:
         """Conditioning of ``voice`` for the weights in ``facts``."""
         key = (voice.revision, facts.card.name, facts.weights_fingerprint)
         entry = self._entries.get(key)
         if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
             self._entries.move_to_end(key)
-            return entry.conditioning
+            return entry
         task = self._pending.get(key)
         if task is None:
             task = asyncio.create_task(self._load(key, voice, facts, engine))
@@ -58,25 +68,25 @@ class ConditioningSource:
 
     async def _load(
         self, key: _Key, voice: Voice, facts: EngineFacts, engine: EngineDispatch
-    ) -> Conditioning:
+    ) -> VoiceConditioning:
         stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint)
         if stored is not None:
-            self._remember(key, stored)
-            return stored
+            return self._remember(key, stored)
         reference = await self._store.reference(voice)
         conditioning = await extract(engine, reference)
-        await self.keep(voice, conditioning)
+        prepared = await self.keep(voice, conditioning)
         self.refine_later(voice, reference, conditioning, engine)
-        return conditioning
+        return prepared
 
-    async def keep(self, voice: Voice, conditioning: Conditioning) -> None:
+    async def keep(self, voice: Voice, conditioning: Conditioning) -> VoiceConditioning:
         """Remember and store. A store that cannot be written costs a warning: the voice works without."""
         key = (voice.revision, conditioning.engine, conditioning.weights_fingerprint)
-        self._remember(key, conditioning)
+        prepared = self._remember(key, conditioning)
         try:
             await self._store.put_conditioning(voice, conditioning)
         except VoiceCloneError as error:
             logger.warning("Conditioning of %s was not stored: %s", voice.id, error.code)
+        return prepared
 
     def refine_later(
         self, voice: Voice, reference: Reference, conditioning: Conditioning, engine: EngineDispatch
@@ -86,7 +96,7 @@ class ConditioningSource:
         async def refine() -> None:
             try:
                 better = await engine.refine_voice(reference, conditioning)
-            except EngineError as error:
+            except (EngineError, VoiceCloneError) as error:
                 logger.warning("Conditioning of %s was not refined: %s", voice.id, error.message)
                 return
             if better is not None:
@@ -101,13 +111,14 @@ class ConditioningSource:
         for key in [key for key in self._entries if key[0] == voice.revision]:
             del self._entries[key]
 
-    def _remember(self, key: _Key, conditioning: Conditioning) -> None:
-        self._entries[key] = _Entry(conditioning, time.monotonic())
+    def _remember(self, key: _Key, conditioning: Conditioning) -> VoiceConditioning:
+        self._entries[key] = prepared = VoiceConditioning.of(conditioning)
         self._entries.move_to_end(key)
         held_bytes = sum(entry.conditioning.size_bytes for entry in self._entries.values())
         while held_bytes > self._max_bytes and len(self._entries) > 1:
             _, oldest = self._entries.popitem(last=False)
             held_bytes -= oldest.conditioning.size_bytes
+        return prepared
 
 
 async def extract(engine: EngineDispatch, reference: Reference) -> Conditioning:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 from ray.exceptions import RayError
@@ -15,12 +16,26 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from engines.contract import Conditioning, EngineError, Reference
+from serve_app.errors import EngineUnavailable
 from serve_app.protocol import EngineFacts, RowAudio, UtteranceCall
 
 #: What a dead, unreachable or removed replica looks like to its caller.
 REPLICA_LOST = (RayError, RayServeException)
 
+#: Longest wait for the replicas to say who they are.
+_ROLL_CALL_TIMEOUT_S = 2.0
+#: Replicas a call without slot is made to before it fails.
+_TRIES = 3
+
 BatchCall = Callable[[list[UtteranceCall]], AsyncGenerator[list[RowAudio], None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A reserved place for one batch on one replica. ``send`` it, or leave to give it back."""
+
+    replica: str
+    send: BatchCall
 
 
 class EngineDispatch:
@@ -31,11 +46,8 @@ class EngineDispatch:
         self._batches = handle.options(method_name="synthesize", stream=True)
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[BatchCall]:
-        """Wait for a free replica and hold it; the value sends one batch to it.
-
-        Leaving without sending gives the slot back.
-        """
+    async def slot(self) -> AsyncIterator[Slot]:
+        """Wait for a free replica and hold it."""
         async with self._batches.choose_replica() as selection:
 
             async def send(batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
@@ -49,7 +61,15 @@ class EngineDispatch:
                     # Leaving cancellation to garbage collection leaks a running engine now and then.
                     stream.cancel()  # type: ignore[no-untyped-call]
 
-            yield send
+            yield Slot(selection.replica_id, send)
+
+    async def replicas(self) -> frozenset[str] | None:
+        """Ids of the replicas that run, or None if not all of them answer at once."""
+        try:
+            answers = await self._handle.broadcast("identify").results_async(timeout_s=_ROLL_CALL_TIMEOUT_S)
+        except (TimeoutError, *REPLICA_LOST):
+            return None
+        return frozenset(answers)
 
     async def abandon(self, call_ids: list[str]) -> None:
         """Tell every replica that nobody waits for these rows."""
@@ -61,17 +81,29 @@ class EngineDispatch:
         return facts
 
     async def extract_voice(self, reference: Reference) -> Conditioning:
-        """Conditioning of a reference. Raises what the engine refused."""
-        answer: Conditioning | EngineError = await self._handle.extract_voice.remote(reference)
+        """Conditioning of a reference. Raises what the engine refused, or ``EngineUnavailable``."""
+        answer: Conditioning | EngineError = await self._somewhere("extract_voice", reference)
         if isinstance(answer, EngineError):
             raise answer
         return answer
 
     async def refine_voice(self, reference: Reference, conditioning: Conditioning) -> Conditioning | None:
-        """A better conditioning, or None if there is nothing to refine. Raises what the engine refused."""
-        answer: Conditioning | EngineError | None = await self._handle.refine_voice.remote(
-            reference, conditioning
+        """A better conditioning, or None if there is nothing to refine. Raises as ``extract_voice``."""
+        answer: Conditioning | EngineError | None = await self._somewhere(
+            "refine_voice", reference, conditioning
         )
         if isinstance(answer, EngineError):
             raise answer
         return answer
+
+    async def _somewhere(self, method: str, *args: object) -> Any:
+        """Call ``method`` on any replica; on another one if it is lost on the way."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return await getattr(self._handle, method).remote(*args)
+            except REPLICA_LOST as error:
+                if not tries_left:
+                    raise EngineUnavailable(
+                        "The engine was lost while it worked on this. Try again later.", retry_after_s=5.0
+                    ) from error
+        raise AssertionError("unreachable")

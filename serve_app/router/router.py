@@ -3,18 +3,20 @@
 # No postponed annotations: Serve inspects this class when it is deployed.
 import asyncio
 import functools
+import json
 import logging
+import os
 import secrets
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 from ray.serve.handle import DeploymentHandle
-from ulid import ULID
 
+from engines.contract import Samples
 from serve_app.config import Settings
 from serve_app.errors import (
     ConsentRequired,
@@ -22,8 +24,11 @@ from serve_app.errors import (
     EngineUnavailable,
     InputTooLong,
     InternalError,
+    InvalidRequest,
     InvalidValue,
     ModelNotFound,
+    ShuttingDown,
+    Unavailable,
     UnsupportedLanguage,
     UnsupportedOption,
     VoiceCloneError,
@@ -35,15 +40,22 @@ from serve_app.protocol import (
     EngineFacts,
     EnrolRequest,
     Failure,
+    Priority,
+    RouterActivity,
     SpeechEvent,
     SpeechRequest,
     SpeechStarted,
     UtteranceCall,
 )
 from serve_app.router import text as texts
-from serve_app.router.batching import EngineQueue, Row
+from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
+from serve_app.router.fair_queue import Tier
+from serve_app.router.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
+from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
+from serve_app.router.rows import Listener
+from serve_app.router.speech import Playback, Speech
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.voice import Consent, NewVoice, Voice
@@ -54,6 +66,8 @@ logger = logging.getLogger("ray.serve")
 _FACTS_TIMEOUT_S = 20.0
 _SWEEP_INTERVAL_S = 3600.0
 _SEED_LIMIT = 2**63
+#: Failures before the first audio after which another engine may speak instead.
+_CANNOT_BEGIN = (Unavailable, EngineFailed)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,9 +103,16 @@ class Router:
         self, engines: dict[str, DeploymentHandle[Any]], settings: Settings
     ) -> None:
         self._settings = settings
+        self._configured = settings
+        self._metrics = Metrics()
         self._engines = {name: EngineDispatch(handle) for name, handle in engines.items()}
         self._queues: dict[str, EngineQueue] = {}
         self._facts: dict[str, EngineFacts] = {}
+        self._playing: dict[str, Playback] = {}
+        self._speaking = 0
+        self._draining = False
+        self._spoken = SpokenUtterances(settings.cache.max_mb << 20, self._metrics)
+        self._seeds = SeedsInUse(lambda: secrets.randbelow(_SEED_LIMIT))
         self._store = VoiceStore.open(settings.voices.store)
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
@@ -102,6 +123,12 @@ class Router:
             max_bytes=settings.voices.conditioning_cache_mb << 20,
             ttl_s=settings.voices.conditioning_ttl_s,
         )
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve with ``user_config``, at the start and whenever it changes."""
+        self._settings = self._configured.reconfigured(user_config)
+        for name, queue in self._queues.items():
+            queue.limits = self._queue_limits(name)
 
     async def _sweep(self) -> None:
         """Remove what killed enrolments left in the store, now and every hour."""
@@ -117,75 +144,171 @@ class Router:
 
         In lists, because each item of a stream between deployments costs a millisecond or more.
         """
+        client = "key" if request.caller.key else "ip"
+        self._speaking += 1
         try:
             async with aclosing(self._speak(request)) as events:
                 async for event in events:
                     yield event
         except VoiceCloneError as error:
+            self._metrics.count(REFUSALS, client=client, code=error.code)
             yield [Failure(error)]
         except Exception as error:  # noqa: BLE001 - a defect: logged, and answered without its details
+            self._metrics.count(REFUSALS, client=client, code=InternalError.code)
             yield [Failure(_defect("speak", error))]
+        finally:
+            self._speaking -= 1
 
     async def _speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
-        name = self._engine_name(request.model)
+        if self._draining:
+            raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
+        asked_s = time.monotonic()
+        first = self._engine_name(request.model)
         self._check_length(request.text)
         text = texts.clean(request.text)
+        failure: VoiceCloneError | None = None
+        for name in self._candidates(first, request):
+            async with aclosing(self._speak_with(name, request, text, asked_s)) as events:
+                try:
+                    event = await anext(events)
+                except _CANNOT_BEGIN as error:
+                    failure = failure or error
+                    continue
+                except InvalidRequest:
+                    # What the chosen engine could not do now, this one cannot do at all.
+                    if failure is None:
+                        raise
+                    continue
+                yield event
+                async for event in events:
+                    yield event
+                return
+        if failure is not None:
+            raise failure
+
+    def _candidates(self, first: str, request: SpeechRequest) -> list[str]:
+        """The chosen engine and those that may speak in its place, in order."""
+        fallback = request.fallback_engines
+        if fallback is None:
+            fallback = self._settings.engines[first].fallback
+        return list(dict.fromkeys([first, *map(self._engine_name, fallback)]))
+
+    async def _speak_with(
+        self, name: str, request: SpeechRequest, text: str, asked_s: float
+    ) -> AsyncGenerator[list[SpeechEvent], None]:
+        """Speak ``text`` with one engine."""
+        limits = self._settings.limits
+        client = "key" if request.caller.key else "ip"
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
         voice = await self._voice(request.voice, request.owner)
         language = _language(request.language, text, facts)
-        conditioning = await self._conditioning.get(voice, facts, self._engines[name])
-        seed = request.seed if request.seed is not None else secrets.randbelow(_SEED_LIMIT)
+        prepared = await self._conditioning.get(voice, facts, self._engines[name])
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
             for piece in texts.split(text, language, facts.card.max_chars(language))
             if texts.is_speakable(piece)
         ]
+        whole = UtteranceCall(
+            call_id="",
+            text=text,
+            language=language,
+            conditioning=prepared.conditioning,
+            seed=request.seed if request.seed is not None else 0,
+            speed=request.speed,
+            options=request.options,
+        )
+        queue = self._queue(name, facts)
+        content = content_key(whole, prepared.digest)
+        playback = Playback(facts.card.sample_rate_hz, reports=bool(request.speech_id))
+        with self._seed(request, content) as seed:
 
-        def submit(index: int) -> Row:
-            call = UtteranceCall(
-                call_id=str(ULID()),
-                text=pieces[index],
-                language=language,
-                conditioning=conditioning,
+            def listen(index: int) -> Listener:
                 # Neighbours must not repeat each other's noise, a repeated request must.
-                seed=(seed + index) % _SEED_LIMIT,
-                speed=request.speed,
-                options=request.options,
+                call = replace(whole, text=pieces[index], seed=(seed + index) % _SEED_LIMIT)
+                tier = _tier(request.priority, first=index == 0)
+                return self._spoken.listen(
+                    content_key(call, prepared.digest),
+                    lambda: queue.submit(
+                        call,
+                        client=request.caller.client,
+                        tier=tier,
+                        group=_group(call, prepared.digest, facts),
+                    ),
+                    keep=request.seed is not None or self._settings.cache.unseeded,
+                    joined=lambda recording: queue.promote(recording, tier),
+                )
+
+            speech = Speech(
+                len(pieces),
+                listen,
+                playback,
+                look_ahead_utterances=limits.look_ahead_utterances,
+                look_ahead_s=limits.look_ahead_s,
+                stall_timeout_s=limits.stall_timeout_s,
             )
-            return self._queue(name, facts).submit(call)
+            started = SpeechStarted(name, voice.id, language, facts.card.sample_rate_hz, seed, len(pieces))
+            outcome = "cancelled"
+            self._metrics.count(CHARACTERS, len(text), engine=name, client=client)
+            if request.speech_id:
+                self._playing[request.speech_id] = playback
+            try:
+                async with aclosing(speech.parts()) as parts:
+                    frame = await self._first(parts)
+                    self._metrics.observe(FIRST_AUDIO, time.monotonic() - asked_s, engine=name, client=client)
+                    yield [started, frame]
+                    async for samples in parts:
+                        yield [AudioFrame(samples)]
+                outcome = "complete"
+            except VoiceCloneError:
+                outcome = "failed"
+                raise
+            finally:
+                self._playing.pop(request.speech_id, None)
+                self._metrics.count(REQUESTS, engine=name, client=client, outcome=outcome)
+                self._metrics.count(AUDIO, playback.sent_s, engine=name, client=client)
+                self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
 
-        started = SpeechStarted(name, voice.id, language, facts.card.sample_rate_hz, seed, len(pieces))
-        rows: deque[Row] = deque()
-        submitted = 0
-        silent = True
-        try:
-            while submitted < len(pieces) or rows:
-                while submitted < len(pieces) and len(rows) < self._settings.limits.look_ahead_utterances:
-                    rows.append(submit(submitted))
-                    submitted += 1
-                samples = aiter(rows[0])
-                if silent:
-                    yield [started, await self._first(samples)]
-                    silent = False
-                async for part in samples:
-                    yield [AudioFrame(part)]
-                rows.popleft()
-        finally:
-            for row in rows:
-                row.leave()
+    def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
+        """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
+        if request.seed is not None:
+            return nullcontext(request.seed)
+        if self._settings.cache.unseeded:
+            return nullcontext(int.from_bytes(content[:8], "little") % _SEED_LIMIT)
+        return self._seeds.seed_for(content)
 
-    async def _first(self, samples: AsyncIterator[Any]) -> AudioFrame:
+    async def _first(self, parts: AsyncGenerator[Samples, None]) -> AudioFrame:
         try:
             async with asyncio.timeout(self._settings.limits.first_audio_timeout_s):
-                return AudioFrame(await anext(samples))
+                return AudioFrame(await anext(parts))
         except TimeoutError as error:
             raise EngineUnavailable(
                 "The engine did not start to speak in time. Try again later.", retry_after_s=5.0
             ) from error
         except StopAsyncIteration as error:
             raise EngineFailed("The engine spoke nothing for this text.") from error
+
+    async def heard(self, speech_id: str, samples: int) -> None:
+        """The reader of a speech has taken ``samples`` in all. Told to every router; one of them knows it."""
+        if (playback := self._playing.get(speech_id)) is not None:
+            playback.heard(samples)
+
+    async def drain(self) -> int:
+        """Take no new speech from now on; the answer is how many still run."""
+        self._draining = True
+        return self._speaking
+
+    async def activity(self) -> RouterActivity:
+        """What this router holds now: all zero when nothing runs."""
+        return RouterActivity(
+            process_id=os.getpid(),
+            speeches=self._speaking,
+            waiting=sum(queue.waiting for queue in self._queues.values()),
+            speaking=sum(queue.speaking for queue in self._queues.values()),
+            recordings=self._spoken.making,
+            readers=len(self._playing),
+        )
 
     @answers
     async def enrol(self, request: EnrolRequest) -> Voice:
@@ -279,11 +402,25 @@ class Router:
     def _queue(self, name: str, facts: EngineFacts) -> EngineQueue:
         if name not in self._queues:
             self._queues[name] = EngineQueue(
+                name,
                 self._engines[name],
-                max_rows=facts.slots,
-                max_waiting=self._settings.limits.max_queued_utterances,
+                self._queue_limits(name),
+                self._metrics,
+                facts.card.sample_rate_hz,
             )
         return self._queues[name]
+
+    def _queue_limits(self, name: str) -> QueueLimits:
+        limits, batching = self._settings.limits, self._settings.engines[name].batching
+        slots = self._facts[name].slots
+        return QueueLimits(
+            max_rows=min(batching.max_rows or slots, slots),
+            max_chars=batching.max_chars,
+            max_waiting=limits.max_queued_requests,
+            max_wait_s=limits.max_queue_wait_s,
+            max_redo_wait_s=limits.max_redo_wait_s,
+            chunk_timeout_s=batching.chunk_timeout_s,
+        )
 
     async def _voice(self, voice: str, owner: str) -> Voice:
         return await self._store.get(self._settings.voices.aliases.get(voice, voice), owner)
@@ -322,6 +459,23 @@ def _new_voice(request: EnrolRequest) -> NewVoice:
         finding = error.errors(include_url=False, include_input=False)[0]
         param = str(finding["loc"][-1])
         raise InvalidValue(f"'{param}': {finding['msg']}.", param=param) from error
+
+
+def _tier(priority: Priority, *, first: bool) -> Tier:
+    if priority is Priority.BULK:
+        return Tier.BULK_FIRST if first else Tier.BULK_NEXT
+    return Tier.FIRST if first else Tier.NEXT
+
+
+def _group(call: UtteranceCall, conditioning_digest: str, facts: EngineFacts) -> tuple[object, ...]:
+    """What utterances of one batch must have in common, as the engine's card says."""
+    values = {
+        "language": call.language,
+        "speed": call.speed,
+        "conditioning": conditioning_digest,
+        "options": json.dumps(dict(call.options), sort_keys=True, default=str),
+    }
+    return tuple(values[name] for name in facts.card.batch_by)
 
 
 def _language(wanted: str | None, text: str, facts: EngineFacts) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,11 +17,13 @@ from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
 from benchmarks.ports import free_port
-from serve_app.app import APP_NAME, build_app
+from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import Settings
 from serve_app.environment import prepare_environment
-from serve_app.protocol import ReplicaActivity
+from serve_app.protocol import ReplicaActivity, RouterActivity
 from tests.speech import noisy_tone, wav_bytes
+
+TICKET = Path(tempfile.gettempdir()) / f"voice-clone-fault-{os.getpid()}"
 
 SETTINGS = {
     "engines": {
@@ -31,10 +35,24 @@ SETTINGS = {
             "config": {"slots": 1, "step_s": 0.03},
             "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
         },
+        # One fault per ticket, in whichever replica comes to it.
+        "shaky": {
+            "engine": "tone",
+            "config": {"slots": 2, "step_s": 0.01, "fault_after_chunks": 2, "fault_ticket": str(TICKET)},
+            "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
+            "batching": {"chunk_timeout_s": 2.0},
+        },
+        # Every text is marked: it never speaks.
+        "mute": {
+            "engine": "tone",
+            "config": {"fail_text": ""},
+            "replicas": {"num_cpus": 0.1},
+            "fallback": ["tone"],
+        },
         "mosaic": {"replicas": {"num_cpus": 0.1}},
     },
     "model_aliases": {"quick": "tone"},
-    "limits": {"first_audio_timeout_s": 20},
+    "limits": {"first_audio_timeout_s": 20, "look_ahead_s": 6},
 }
 
 
@@ -77,6 +95,13 @@ def activity(engine: str) -> list[ReplicaActivity]:
     handle = serve.get_deployment_handle(f"engine-{engine}", app_name=APP_NAME)
     answers: list[ReplicaActivity] = handle.broadcast("activity").results()
     return answers
+
+
+def router_activity() -> RouterActivity:
+    """What the router holds now."""
+    (answer,) = router_handle().broadcast("activity").results()
+    assert isinstance(answer, RouterActivity)
+    return answer
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -1,4 +1,4 @@
-"""A replica dies while it speaks: nobody hears it."""
+"""Engines and replicas that fail while they speak: nobody hears it, or the client is told."""
 
 from __future__ import annotations
 
@@ -7,10 +7,30 @@ import signal
 import threading
 
 import numpy as np
+import pytest
 from ray.exceptions import RayActorError
 
-from tests.graph.conftest import Server, activity, eventually
+from tests.graph.conftest import TICKET, Server, activity, eventually, router_activity
 from tests.graph.test_speech import pcm
+
+
+def replicas_are_up(engine: str, count: int, without: int = 0) -> bool:
+    """True if ``count`` replicas answer and none of them is process ``without``."""
+    try:
+        alive = {replica.process_id for replica in activity(engine)}
+    except RayActorError:
+        return False  # still counted among the living
+    return len(alive) == count and without not in alive
+
+
+@pytest.mark.parametrize("fault", ["fail", "nan", "silent", "hang", "crash"])
+def test_fault_of_one_replica_is_not_heard(server: Server, fault: str) -> None:
+    text = f"This sentence is long enough that [{fault}] happens in the middle and not at the end. Twice."
+    undisturbed = pcm(server, text, model="shaky", seed=5)
+    TICKET.touch()
+    np.testing.assert_array_equal(pcm(server, text, model="shaky", seed=5), undisturbed)
+    assert not TICKET.exists(), "the fault never happened"
+    eventually(lambda: replicas_are_up("shaky", 2), timeout_s=60)
 
 
 def test_killed_replica_is_not_heard(server: Server) -> None:
@@ -29,12 +49,38 @@ def test_killed_replica_is_not_heard(server: Server) -> None:
     os.kill(busy[0], signal.SIGKILL)
     listener.join()
     np.testing.assert_array_equal(undisturbed, heard[0])
+    eventually(lambda: replicas_are_up("pair", 2, without=busy[0]), timeout_s=60)
 
-    def replaced() -> bool:
-        try:
-            alive = {replica.process_id for replica in activity("pair")}
-        except RayActorError:
-            return False  # still counted among the living
-        return len(alive) == 2 and busy[0] not in alive
 
-    eventually(replaced, timeout_s=60)
+def test_another_engine_speaks_in_place_of_one_that_cannot(server: Server) -> None:
+    body = {"model": "mute", "voice": "anna", "input": "Hello there.", "response_format": "pcm", "seed": 3}
+    answer = server.http.post("/v1/audio/speech", json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-engine"] == "tone"
+    np.testing.assert_array_equal(
+        np.frombuffer(answer.content, "<i2"), pcm(server, "Hello there.", model="tone", seed=3)
+    )
+
+
+def test_fallback_of_the_request_wins(server: Server) -> None:
+    body = {"model": "mute", "voice": "anna", "input": "Hello there.", "response_format": "pcm"}
+    asked = server.http.post("/v1/audio/speech", json={**body, "fallback_engines": ["slow"]})
+    assert asked.headers["x-engine"] == "slow"
+    refused = server.http.post("/v1/audio/speech", json={**body, "fallback_engines": []})
+    assert refused.status_code == 500
+    assert refused.json()["error"]["code"] == "engine_error"
+    unknown = server.http.post("/v1/audio/speech", json={**body, "fallback_engines": ["nope"]})
+    assert unknown.status_code == 404
+
+
+def test_bad_request_is_no_reason_to_fall_back(server: Server) -> None:
+    body = {"model": "mute", "voice": "anna", "input": "Hello.", "engine_options": {"nope": 1}}
+    assert server.http.post("/v1/audio/speech", json=body).status_code == 400
+
+
+def test_nothing_is_left_behind(server: Server) -> None:
+    def idle() -> bool:
+        held = router_activity()
+        return (held.speeches, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
+
+    eventually(idle)

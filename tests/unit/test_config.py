@@ -27,12 +27,12 @@ def write(path: Path, text: str) -> str:
 def test_arguments_win_over_environment_over_file_over_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = "limits: {max_input_chars: 1, max_queued_utterances: 11, look_ahead_utterances: 3}\n"
+    limits = "limits: {max_input_chars: 1, max_queued_requests: 11, look_ahead_utterances: 3}\n"
     monkeypatch.setenv("VOICE_CLONE_CONFIG", write(tmp_path / "c.yaml", limits))
     monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_INPUT_CHARS", "2")
-    monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_QUEUED_UTTERANCES", "12")
+    monkeypatch.setenv("VOICE_CLONE__LIMITS__MAX_QUEUED_REQUESTS", "12")
     settings = load_settings(limits={"max_input_chars": 3}).limits
-    assert (settings.max_input_chars, settings.max_queued_utterances) == (3, 12)
+    assert (settings.max_input_chars, settings.max_queued_requests) == (3, 12)
     assert (settings.look_ahead_utterances, settings.first_audio_timeout_s) == (3, 25.0)
 
 

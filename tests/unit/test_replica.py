@@ -109,7 +109,7 @@ async def test_engine_that_raises_fails_the_rows_it_has_not_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(_: ToneEngine, batch: list[Utterance]) -> Iterator[Chunk]:
-        yield Chunk(0, np.zeros(5, np.float32), last=True)
+        yield Chunk(0, np.ones(5, np.float32), last=True)
         raise ZeroDivisionError
 
     replica = EngineReplica("tone", {})
@@ -120,6 +120,85 @@ async def test_engine_that_raises_fails_the_rows_it_has_not_finished(
     assert ends[0] is None
     assert isinstance(ends[1], SynthesisFailed)
     assert "ZeroDivision" not in ends[1].message
+
+
+@pytest.mark.parametrize("text", ["[nan] and more", "[silent] for longer than any pause " + 60 * "a"])
+@pytest.mark.parametrize("fault_after_chunks", [0, 2])
+async def test_row_that_is_no_speech_fails_alone(text: str, fault_after_chunks: int) -> None:
+    replica = EngineReplica("tone", {"fault_after_chunks": fault_after_chunks})
+    errors = {}
+    heard: dict[int, list[Samples]] = {0: [], 1: []}
+    async for answer in replica.synthesize([call(text), call("good for all of this time as well")]):
+        for audio in answer:
+            heard[audio.row].append(audio.samples)
+            if audio.last:
+                errors[audio.row] = audio.error
+    assert isinstance(errors[0], SynthesisFailed)
+    assert errors[1] is None
+    everything = render(Utterance(text, "en", VOICE, seed=1))
+    # What was heard before the fault is what a healthy engine says.
+    np.testing.assert_array_equal(np.concatenate(heard[0]), everything[: fault_after_chunks * 4800])
+
+
+async def test_batch_that_waits_says_so_while_the_engine_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.replica._BEAT_S", 0.01)
+    replica = EngineReplica("tone", {"step_s": 0.02})
+    running = asyncio.create_task(speak(replica, call("this one runs")))
+    await asyncio.sleep(0.01)
+    async with aclosing(replica.synthesize([call("this one waits")])) as waiting:
+        assert await anext(waiting) == []
+    await running
+
+
+async def test_batch_behind_a_stuck_engine_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.replica._BEAT_S", 0.01)
+    replica = EngineReplica("tone", {}, step_timeout_s=0.05)
+    stuck = replica.synthesize([call("[hang]")])
+    asking = asyncio.ensure_future(anext(stuck))
+    await asyncio.sleep(0.3)
+    waiting = replica.synthesize([call("waits")])
+    first = asyncio.ensure_future(anext(waiting))
+    done, _ = await asyncio.wait({first}, timeout=0.2)
+    assert not done
+    with pytest.raises(RuntimeError, match="not returned"):
+        await replica.check_health()
+    for task in (first, asking):
+        task.cancel()
+        await asyncio.wait({task})
+    await replica.check_health()
+
+
+async def test_failing_texts_do_not_make_a_replica_ill() -> None:
+    replica = EngineReplica("tone", {})
+    await speak(replica, call("fine"))
+    for _ in range(5):
+        _ = [answer async for answer in replica.synthesize([call("[nan]")])]
+    await replica.check_health()
+    await speak(replica, call("still fine"))
+
+
+async def test_engine_that_can_no_longer_speak_is_ill(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = EngineReplica("tone", {})
+    await speak(replica, call("fine"))
+
+    def broken(_: ToneEngine, batch: list[Utterance]) -> Iterator[Chunk]:
+        for row in range(len(batch)):
+            yield Chunk(row, np.full(5, np.nan, np.float32), last=True)
+
+    monkeypatch.setattr(ToneEngine, "synthesize", broken)
+    for _ in range(3):
+        await replica.check_health()
+        _ = [answer async for answer in replica.synthesize([call("anything")])]
+    with pytest.raises(RuntimeError, match="no longer"):
+        await replica.check_health()
+
+
+async def test_engine_that_never_spoke_is_ill() -> None:
+    replica = EngineReplica("tone", {})
+    for _ in range(3):
+        _ = [answer async for answer in replica.synthesize([call("[fail]")])]
+    with pytest.raises(RuntimeError, match="never spoken"):
+        await replica.check_health()
 
 
 async def test_refused_reference_is_an_answer() -> None:
