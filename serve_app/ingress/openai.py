@@ -15,8 +15,9 @@ from starlette.responses import Response
 from serve_app.audio.encode import AudioFormat
 from serve_app.errors import ModelNotFound, UnsupportedOption
 from serve_app.handle import RouterHandle
+from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
-from serve_app.protocol import EngineFacts, SpeechRequest
+from serve_app.protocol import EngineFacts, Priority, SpeechRequest
 
 
 class VoiceReference(BaseModel):
@@ -49,6 +50,9 @@ class SpeechBody(BaseModel):
         default=None, ge=8_000, le=48_000, description="Rate of the answer in Hz."
     )
     seed: StrictInt | None = Field(default=None, ge=0, lt=2**63, description="Same seed, same samples.")
+    priority: Priority = Field(
+        default=Priority.INTERACTIVE, description="'bulk' lets everything interactive go first."
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="The engine's own options.")
 
     @property
@@ -58,7 +62,7 @@ class SpeechBody(BaseModel):
         return [*sorted(unknown), *(["instructions"] if self.instructions else [])]
 
 
-def routes(router: RouterHandle) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     """The dialect over ``router``."""
     api = APIRouter(tags=["OpenAI"])
 
@@ -68,6 +72,7 @@ def routes(router: RouterHandle) -> APIRouter:
         if body.stream_format != "audio":
             raise UnsupportedOption("Only stream_format 'audio' is served here.", param="stream_format")
         headers = {"X-Ignored-Fields": ", ".join(body.ignored_fields)} if body.ignored_fields else {}
+        caller = callers.caller(request.scope)
         return await speech_response(
             router,
             SpeechRequest(
@@ -79,6 +84,8 @@ def routes(router: RouterHandle) -> APIRouter:
                 seed=body.seed,
                 options=body.engine_options,
                 request_id=request.state.request_id,
+                caller=caller,
+                priority=callers.priority(caller, body.priority),
             ),
             body.response_format,
             sample_rate_hz=body.sample_rate,

@@ -41,6 +41,7 @@ from serve_app.protocol import (
     UtteranceCall,
 )
 from serve_app.router import text as texts
+from serve_app.router.admission import Admission
 from serve_app.router.batching import EngineQueue, Row
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
@@ -97,6 +98,7 @@ class Router:
         await self._store.check()
         self._sweeping = asyncio.create_task(self._sweep())
         self._reader = ReferenceReader(settings.voices.reference)
+        self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
             self._store,
             max_bytes=settings.voices.conditioning_cache_mb << 20,
@@ -118,7 +120,11 @@ class Router:
         In lists, because each item of a stream between deployments costs a millisecond or more.
         """
         try:
-            async with aclosing(self._speak(request)) as events:
+            self._check_length(request.text)
+            async with (
+                self._admission.admit(request.caller, len(request.text)),
+                aclosing(self._speak(request)) as events,
+            ):
                 async for event in events:
                     yield event
         except VoiceCloneError as error:
@@ -128,7 +134,6 @@ class Router:
 
     async def _speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
         name = self._engine_name(request.model)
-        self._check_length(request.text)
         text = texts.clean(request.text)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
@@ -190,6 +195,10 @@ class Router:
     @answers
     async def enrol(self, request: EnrolRequest) -> Voice:
         """Check a recording, compute its conditioning, and only then make it a voice."""
+        async with self._admission.admit(request.caller, characters=0):
+            return await self._enrol(request)
+
+    async def _enrol(self, request: EnrolRequest) -> Voice:
         settings = self._settings.voices
         if settings.consent == "required" and not request.consent.strip():
             raise ConsentRequired(
