@@ -101,12 +101,14 @@ class Admission:
         await self._budget.close()
 
     def _demands(self, caller: Caller, characters: int) -> tuple[Demand, ...]:
+        """What the request needs. The caller's own limits come first: of two reached, they are named."""
         limits = self._limits
-        demands = _of_quota(limits.total, Scope.TOTAL, "", characters)
+        demands: list[Demand] = []
         if key := self._keys.get(caller.key):
             demands += _of_quota(_merged(key, limits.per_key), Scope.KEY, caller.key, characters)
         elif caller.address not in _NO_ADDRESS:
             demands += _of_quota(limits.per_ip, Scope.IP, caller.address, characters)
+        demands += _of_quota(limits.total, Scope.TOTAL, "", characters)
         return tuple(demands)
 
 

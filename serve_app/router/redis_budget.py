@@ -19,7 +19,7 @@ from contextlib import suppress
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 from ulid import ULID
 
@@ -39,6 +39,7 @@ logger = logging.getLogger("ray.serve")
 
 _PREFIX = "voice-clone:limits"
 _TIMEOUT_S = 1.0
+_MAX_CONNECTIONS = 16
 #: How long routers then decide by themselves before Redis is asked again.
 _AWAY_S = 1.0
 #: Life of a slot that nobody renews.
@@ -82,8 +83,13 @@ class RedisBudget:
     """Every decision asks Redis; one to three round trips."""
 
     def __init__(self, url: str) -> None:
-        self._pool = ConnectionPool.from_url(
-            url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S
+        # Waits for a connection for as long as those before it need: a burst is no failure of Redis.
+        self._pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_MAX_CONNECTIONS,
+            timeout=None,
+            socket_timeout=_TIMEOUT_S,
+            socket_connect_timeout=_TIMEOUT_S,
         )
         # Of the clients `limits` can use, the one that is also asked for slots.
         self._storage = RedisStorage(

@@ -30,6 +30,7 @@ from serve_app.router.budget import (
     AskAgain,
     Books,
     Counts,
+    Decision,
     Demand,
     Granted,
     Refused,
@@ -77,16 +78,14 @@ class Routers:
         self.asked += 1
         return answer
 
-    def take(
-        self, router: int, demands: tuple[Demand, ...], waited_s: float = 0.0
-    ) -> Granted | Refused | AskAgain:
+    def take(self, router: int, demands: tuple[Demand, ...], waited_s: float = 0.0) -> Decision:
         decision = self._take(router, demands, waited_s)
         if isinstance(decision, Granted):
             for account, units, _ in demands:
                 self.let_in[account].append((self.now_s, units))
         return decision
 
-    def _take(self, router: int, demands: tuple[Demand, ...], waited_s: float) -> Any:
+    def _take(self, router: int, demands: tuple[Demand, ...], waited_s: float) -> Decision:
         if refused := self.purses[router].refusal(demands, self.now_s):
             return refused
         if self.purses[router].spend(demands, self.now_s):
