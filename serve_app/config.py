@@ -313,7 +313,10 @@ def reference() -> str:
             if inner is not None:
                 key = f"{path}.{name}" if path else name
                 sections.append((f"{key}.NAME" if get_origin(field.annotation) is dict else key, inner))
-            shown = "see below" if isinstance(default, BaseModel) else _as_yaml(default)
+            if field.is_required():
+                shown = "required"
+            else:
+                shown = "see below" if isinstance(default, BaseModel) else _as_yaml(default)
             lines.append(f"| `{name}` | {shown} | {field.description} |")
         lines.append("")
     return "\n".join(lines)

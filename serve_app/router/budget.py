@@ -310,9 +310,11 @@ class Books:
                 retry_after_s = SLOT_RETRY_S
             else:
                 retry_after_s = book.window.free_in_s(now_s, units - free)
+            # What others hold ahead is not used yet.
+            free += book.ahead_elsewhere(router) if book else 0
             refused = Refused(demand, max(0, free), retry_after_s)
             refusals.append(refused)
-            if free + (book.ahead_elsewhere(router) if book else 0) < units:
+            if free < units:
                 hopeless.append(refused)
         if refusals:
             if not hopeless and ask.waited_s < LEASE_S:
