@@ -133,7 +133,7 @@ async def test_a_window_goes_on_when_its_limit_is_changed(server: Server) -> Non
 
 async def test_nothing_is_taken_where_another_limit_refuses(server: Server) -> None:
     budgets = [RedisBudget(server.url)]
-    both = (*demand(CHARACTERS, 100, 60), *demand(SLOTS, 5), *demand(REQUESTS, 10))
+    both = (*demand(REQUESTS, 10), *demand(SLOTS, 5), *demand(CHARACTERS, 100, 60))
     assert await let_in(budgets, both, 1) == 1
     refused = await budgets[0].take(both)
     assert refused is not None
