@@ -180,8 +180,14 @@ def start_graph(mode: str, models: Sequence[str], folder: Path) -> Server:
         name: {"engine": "tone", "config": MODELS[name].model_dump(), "replicas": {"num_cpus": 0.1}}
         for name in models
     }
+    limits = {"total": {"requests_per_minute": None}, "per_ip": {"requests_per_minute": None}}
+    settings_tree = {
+        "engines": engines,
+        "voices": {"store": str(folder / mode / "voices")},
+        "limits": limits,
+    }
     # JSON is YAML too.
-    config.write_text(json.dumps({"engines": engines, "voices": {"store": str(folder / mode / "voices")}}))
+    config.write_text(json.dumps(settings_tree))
     serve = str(Path(sys.executable).with_name("voice-clone"))
     ray_folder = folder / mode
     ray_folder.mkdir()

@@ -12,6 +12,7 @@ from engines.registry import engine_class
 from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
+from serve_app.router.budget_actor import budget_actor
 from serve_app.router.router import Router
 
 #: Name of the Serve application and of the router in it: what a notebook connects to.
@@ -35,6 +36,7 @@ def build_app(args: Settings) -> serve.Application:
         name=ROUTER,
         max_ongoing_requests=_LIGHT_MAX_ONGOING,
         logging_config=_NO_ACCESS_LOG,
+        deployment_actors=[budget_actor()] if args.limits.state == "leases" else None,
         **_scale(args.router, busy_requests=100),
     )
     ingress = _deployment(

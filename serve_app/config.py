@@ -6,8 +6,9 @@ environment variables (``VOICE_CLONE__LIMITS__MAX_INPUT_CHARS=2000``), then the 
 """
 
 import os
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -120,8 +121,53 @@ class VoiceSettings(_Section):
         raise ValueError("must be an absolute path, a path starting with ~, or a URL")
 
 
+class Quota(_Section):
+    """How much may be asked for: per minute over a moving window, and at once. null is unlimited."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Requests in any 60 s.")
+    characters_per_minute: int | None = Field(default=None, ge=1, description="Characters in any 60 s.")
+    concurrent: int | None = Field(default=None, ge=1, description="Requests being answered at once.")
+
+
+class TotalQuota(Quota):
+    """What all callers together may ask for."""
+
+    requests_per_minute: int | None = Field(default=1000, ge=1, description="Requests in any 60 s.")
+    concurrent: int | None = Field(default=50, ge=1, description="Requests being answered at once.")
+
+
+class AddressQuota(Quota):
+    """What one address may ask for."""
+
+    requests_per_minute: int | None = Field(default=100, ge=1, description="Requests in any 60 s.")
+
+
+class ApiKey(Quota):
+    """A caller who is known by a key. What is left out here is taken from ``limits.per_key``."""
+
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the secret, in hexadecimal; never the secret."
+    )
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="Share under load, relative to other callers."
+    )
+    bulk_only: bool = Field(default=False, description="Every request of this key is bulk work.")
+
+
 class LimitSettings(_Section):
-    """What one request may ask for."""
+    """What one request may ask for, and what callers may ask for together."""
+
+    total: TotalQuota = Field(default_factory=TotalQuota, description="All callers together.")
+    per_key: Quota = Field(default_factory=Quota, description="Each API key that has no limit of its own.")
+    per_ip: AddressQuota = Field(
+        default_factory=AddressQuota, description="Each address (IPv6: each /64) of callers without a key."
+    )
+    state: str = Field(
+        default="leases",
+        pattern=r"^(leases|rediss?://\S+)$",
+        description="Where routers share what was used: 'leases' (an actor of this application) or a Redis "
+        "URL, for several clusters behind one limit. Not changed while running.",
+    )
 
     max_input_chars: int = Field(default=4096, ge=1, description="Longest text of one speech request.")
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest JSON body.")
@@ -195,6 +241,11 @@ class Settings(BaseSettings):
     voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="Cache of finished audio.")
+    keys: dict[str, ApiKey] = Field(default_factory=dict, description="API keys by the name of their holder.")
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = Field(
+        default=(),
+        description="Addresses and networks of proxies in front, whose `X-Forwarded-For` is believed.",
+    )
 
     _file: ClassVar[str] = CONFIG_VARIABLE
 
@@ -223,6 +274,16 @@ class Settings(BaseSettings):
                 raise ValueError(f"{error.message} {error.next_step}") from error
             kind.Config.model_validate(settings.config)
         return engines
+
+    @field_validator("keys")
+    @classmethod
+    def _secrets_differ(cls, keys: dict[str, ApiKey]) -> dict[str, ApiKey]:
+        holders: dict[str, str] = {}
+        for name, key in keys.items():
+            if key.sha256 in holders:
+                raise ValueError(f"'{holders[key.sha256]}' and '{name}' have the same secret")
+            holders[key.sha256] = name
+        return keys
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "Settings":
@@ -330,8 +391,11 @@ def reference() -> str:
             inner = _section_of(field.annotation)
             if inner is not None:
                 key = f"{path}.{name}" if path else name
-                sections.append((key if inner is not EngineSettings else f"{key}.NAME", inner))
-            shown = "see below" if isinstance(default, BaseModel) else _as_yaml(default)
+                sections.append((f"{key}.NAME" if get_origin(field.annotation) is dict else key, inner))
+            if field.is_required():
+                shown = "required"
+            else:
+                shown = "see below" if isinstance(default, BaseModel) else _as_yaml(default)
             lines.append(f"| `{name}` | {shown} | {field.description} |")
         lines.append("")
     return "\n".join(lines)
@@ -347,6 +411,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 def _as_yaml(value: Any) -> str:
     if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
         value = {name: {} for name in value}
+    if isinstance(value, tuple):
+        value = list(value)
     shown = yaml.safe_dump(value, default_flow_style=True, width=1000)
     # PyYAML ends a bare scalar with a document marker.
     return f"`{shown.removesuffix('...' + chr(10)).strip()}`"

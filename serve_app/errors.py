@@ -17,6 +17,8 @@
     + UnsupportedAudio 415          invalid_request_error
     + UnusableAudio 422             invalid_request_error
       - AudioUndecodable · AudioTooShort · AudioTooLong · NoSpeechDetected · AudioDecodeLimit
+    + RateLimited 429               rate_limit_error
+      - TooManyAtOnce
     + InternalError 500             server_error
       - EngineFailed
     + Unavailable 503               server_error
@@ -31,13 +33,28 @@ traceback or the value that was sent. How an error looks on the wire is each dia
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from engines import contract
 
 
+@dataclass(frozen=True, slots=True)
+class ReachedLimit:
+    """The limit that refused a request, as clients are told of it in headers."""
+
+    #: What is counted and over whom: "requests-per-ip".
+    policy: str
+    #: "requests", "characters" or "concurrent".
+    counts: str
+    #: Units allowed in the window, or at once where there is no window.
+    quota: int
+    remaining: int
+    window_s: float | None = None
+
+
 class VoiceCloneError(Exception):
-    """Base of the tree. ``param`` names the request field at fault, if one is."""
+    """Base of the tree. ``param`` names the request field at fault, ``limit`` the limit that was reached."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -46,21 +63,33 @@ class VoiceCloneError(Exception):
     #: Whether sending the same request again can help. Clients are told by a header.
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        limit: ReachedLimit | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.limit = limit
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross process boundaries; the default would drop the keyword arguments.
-        return (_rebuild, (type(self), self.message, self.param, self.retry_after_s))
+        return (_rebuild, (type(self), self.message, self.param, self.retry_after_s, self.limit))
 
 
 def _rebuild(
-    kind: type[VoiceCloneError], message: str, param: str | None, retry_after_s: float | None
+    kind: type[VoiceCloneError],
+    message: str,
+    param: str | None,
+    retry_after_s: float | None,
+    limit: ReachedLimit | None,
 ) -> VoiceCloneError:
-    return kind(message, param=param, retry_after_s=retry_after_s)
+    return kind(message, param=param, retry_after_s=retry_after_s, limit=limit)
 
 
 class InvalidRequest(VoiceCloneError):
@@ -261,6 +290,23 @@ class AudioDecodeLimit(UnusableAudio):
 
     code = "audio_decode_limit"
     title = "Audio decode limit"
+
+
+class RateLimited(VoiceCloneError):
+    """More in a minute than the caller, or all callers together, may ask for."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    title = "Rate limit exceeded"
+    retryable = True
+
+
+class TooManyAtOnce(RateLimited):
+    """More requests of one caller at once than it may have."""
+
+    code = "concurrency_limit_exceeded"
+    title = "Too many requests at once"
 
 
 class InternalError(VoiceCloneError):

@@ -17,6 +17,11 @@ from typing import Any
 from engines.contract import Conditioning, EngineCard, EngineError, Samples
 from serve_app.errors import VoiceCloneError
 
+#: Address of a call by handle, which has none.
+LOCAL_ADDRESS = "local"
+#: Address of a client behind a proxy that hides it.
+UNKNOWN_ADDRESS = "unknown"
+
 
 class Priority(StrEnum):
     """How soon a request wants to be heard. Bulk work waits for everything interactive."""
@@ -29,8 +34,8 @@ class Priority(StrEnum):
 class Caller:
     """Who asks: what limits and fair shares are counted by."""
 
-    #: IP address of the client; "local" for a call by handle.
-    address: str = "local"
+    #: IP address of the client, of an IPv6 one its /64 network; or one of the two constants above.
+    address: str = LOCAL_ADDRESS
     #: Name of the configured API key; empty for a caller without one.
     key: str = ""
 
@@ -109,6 +114,7 @@ class EnrolRequest:
     replace: bool = False
     owner: str = "public"
     request_id: str = ""
+    caller: Caller = field(default_factory=Caller)
 
 
 @dataclass(frozen=True, slots=True)

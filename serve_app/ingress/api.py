@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
 from serve_app.ingress import openai, ops, v3, voices
+from serve_app.ingress.callers import Callers
 from serve_app.ingress.guards import BodyLimit, RequestId
 from serve_app.ingress.problems import install_error_handlers
 
@@ -20,10 +21,11 @@ def build_api(router: RouterHandle, settings: Settings) -> FastAPI:
         version=version("voice-clone-tts"),
         summary="A few seconds of a voice and some text: it speaks the text in that voice.",
     )
+    callers = Callers(settings.keys, settings.trusted_proxies)
     install_error_handlers(api)
-    api.include_router(openai.routes(router))
-    api.include_router(voices.routes(router))
-    api.include_router(v3.routes(router))
+    api.include_router(openai.routes(router, callers))
+    api.include_router(voices.routes(router, callers))
+    api.include_router(v3.routes(router, callers))
     api.include_router(ops.routes(router))
     # Added last runs first: the id is there before anything can be refused.
     api.add_middleware(

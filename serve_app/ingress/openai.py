@@ -15,8 +15,9 @@ from starlette.responses import Response
 from serve_app.audio.encode import AudioFormat
 from serve_app.errors import ModelNotFound, UnsupportedOption
 from serve_app.handle import RouterHandle
+from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
-from serve_app.protocol import EngineFacts, SpeechRequest
+from serve_app.protocol import EngineFacts, Priority, SpeechRequest
 
 
 class VoiceReference(BaseModel):
@@ -52,6 +53,9 @@ class SpeechBody(BaseModel):
     fallback_engines: Annotated[list[str], Field(max_length=8)] | None = Field(
         default=None, description="Engines to try in order if the chosen one cannot begin."
     )
+    priority: Priority = Field(
+        default=Priority.INTERACTIVE, description="'bulk' lets everything interactive go first."
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="The engine's own options.")
 
     @property
@@ -61,7 +65,7 @@ class SpeechBody(BaseModel):
         return [*sorted(unknown), *(["instructions"] if self.instructions else [])]
 
 
-def routes(router: RouterHandle) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     """The dialect over ``router``."""
     api = APIRouter(tags=["OpenAI"])
 
@@ -71,6 +75,7 @@ def routes(router: RouterHandle) -> APIRouter:
         if body.stream_format != "audio":
             raise UnsupportedOption("Only stream_format 'audio' is served here.", param="stream_format")
         headers = {"X-Ignored-Fields": ", ".join(body.ignored_fields)} if body.ignored_fields else {}
+        caller = callers.caller(request.scope)
         return await speech_response(
             router,
             SpeechRequest(
@@ -83,6 +88,8 @@ def routes(router: RouterHandle) -> APIRouter:
                 options=body.engine_options,
                 fallback_engines=None if body.fallback_engines is None else tuple(body.fallback_engines),
                 request_id=request.state.request_id,
+                caller=caller,
+                priority=callers.priority(caller, body.priority),
             ),
             body.response_format,
             sample_rate_hz=body.sample_rate,

@@ -22,6 +22,7 @@ from serve_app.errors import (
     InvalidValue,
     MethodNotAllowed,
     MissingField,
+    ReachedLimit,
     RouteNotFound,
     UnsupportedFormat,
     VoiceCloneError,
@@ -48,7 +49,9 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
     request_id = scope.get("state", {}).get("request_id", "")
     headers = {} if error.retryable else {"x-should-retry": "false"}
     if error.retry_after_s is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        headers["Retry-After"] = str(_seconds(error.retry_after_s))
+    if error.limit is not None:
+        headers |= _limit_headers(error.limit, error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if scope["path"].startswith("/api/"):
@@ -74,6 +77,30 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
         headers,
         media_type="application/problem+json",
     )
+
+
+def _seconds(seconds: float) -> int:
+    """Whole seconds to wait. Never 0: a client that took it at its word would come back at once."""
+    return max(1, math.ceil(seconds))
+
+
+def _limit_headers(limit: ReachedLimit, retry_after_s: float | None) -> dict[str, str]:
+    """``RateLimit``, ``RateLimit-Policy`` (draft-ietf-httpapi-ratelimit-headers-11), OpenAI's older ones."""
+    policy = f'"{limit.policy}";q={limit.quota}'
+    state = f'"{limit.policy}";r={limit.remaining}'
+    legacy = {"limit": str(limit.quota), "remaining": str(limit.remaining)}
+    if limit.window_s is None:
+        policy += ';qu="concurrent-requests"'
+    else:
+        policy += f";w={round(limit.window_s)}"
+    if limit.window_s is not None and retry_after_s is not None:
+        state += f";t={_seconds(retry_after_s)}"
+        legacy["reset"] = f"{_seconds(retry_after_s)}s"
+    return {
+        "RateLimit-Policy": policy,
+        "RateLimit": state,
+        **{f"x-ratelimit-{name}-{limit.counts}": value for name, value in legacy.items()},
+    }
 
 
 def install_error_handlers(api: FastAPI) -> None:

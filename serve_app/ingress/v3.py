@@ -18,8 +18,9 @@ from ulid import ULID
 from serve_app.audio.encode import AudioFormat
 from serve_app.errors import UnsupportedOption
 from serve_app.handle import RouterHandle
+from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
-from serve_app.protocol import EnrolRequest, SpeechRequest
+from serve_app.protocol import EnrolRequest, Priority, SpeechRequest
 from serve_app.voices.voice import Voice
 
 
@@ -35,7 +36,7 @@ class SynthesizeBody(BaseModel):
     pitch: float = Field(default=1.0, ge=0.5, le=2.0, allow_inf_nan=False)
 
 
-def routes(router: RouterHandle) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     """Synthesis, enrolment and the voice list of v3."""
     api = APIRouter(prefix="/api", tags=["v3"])
 
@@ -46,6 +47,7 @@ def routes(router: RouterHandle) -> APIRouter:
             raise UnsupportedOption(
                 "No engine changes the pitch of a voice: leave 'pitch' at 1.", param="pitch"
             )
+        caller = callers.caller(request.scope)
         return await speech_response(
             router,
             SpeechRequest(
@@ -55,6 +57,8 @@ def routes(router: RouterHandle) -> APIRouter:
                 language=body.language,
                 speed=body.speed,
                 request_id=request.state.request_id,
+                caller=caller,
+                priority=callers.priority(caller, Priority.INTERACTIVE),
             ),
             body.output_format,
             sample_rate_hz=None,
@@ -81,6 +85,7 @@ def routes(router: RouterHandle) -> APIRouter:
                 # The old gateway overwrote a voice that was extracted again under the same id.
                 replace=bool(voice_id),
                 request_id=request.state.request_id,
+                caller=callers.caller(request.scope),
             )
         )
         return {

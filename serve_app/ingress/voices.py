@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
 from serve_app.handle import RouterHandle
+from serve_app.ingress.callers import Callers
 from serve_app.protocol import EnrolRequest
 from serve_app.voices.voice import Voice
 
@@ -29,7 +30,7 @@ def voice_object(voice: Voice) -> dict[str, Any]:
     }
 
 
-def routes(router: RouterHandle) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     """Enrol, list, show and delete voices."""
     api = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
 
@@ -55,6 +56,7 @@ def routes(router: RouterHandle) -> APIRouter:
                 model=model,
                 replace=replace,
                 request_id=request.state.request_id,
+                caller=callers.caller(request.scope),
             )
         )
         return voice_object(voice)

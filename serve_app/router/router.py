@@ -48,6 +48,7 @@ from serve_app.protocol import (
     UtteranceCall,
 )
 from serve_app.router import text as texts
+from serve_app.router.admission import Admission
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
@@ -118,6 +119,7 @@ class Router:
         await self._store.check()
         self._sweeping = asyncio.create_task(self._sweep())
         self._reader = ReferenceReader(settings.voices.reference)
+        self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
             self._store,
             max_bytes=settings.voices.conditioning_cache_mb << 20,
@@ -127,6 +129,7 @@ class Router:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve with ``user_config``, at the start and whenever it changes."""
         self._settings = self._configured.reconfigured(user_config)
+        self._admission.reconfigure(self._settings.limits)
         for name, queue in self._queues.items():
             queue.limits = self._queue_limits(name)
 
@@ -147,7 +150,13 @@ class Router:
         client = "key" if request.caller.key else "ip"
         self._speaking += 1
         try:
-            async with aclosing(self._speak(request)) as events:
+            if self._draining:
+                raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
+            self._check_length(request.text)
+            async with (
+                self._admission.admit(request.caller, len(request.text)),
+                aclosing(self._speak(request)) as events,
+            ):
                 async for event in events:
                     yield event
         except VoiceCloneError as error:
@@ -160,11 +169,8 @@ class Router:
             self._speaking -= 1
 
     async def _speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
-        if self._draining:
-            raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
         asked_s = time.monotonic()
         first = self._engine_name(request.model)
-        self._check_length(request.text)
         text = texts.clean(request.text)
         failure: VoiceCloneError | None = None
         for name in self._candidates(first, request):
@@ -199,6 +205,7 @@ class Router:
         """Speak ``text`` with one engine."""
         limits = self._settings.limits
         client = "key" if request.caller.key else "ip"
+        key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
         voice = await self._voice(request.voice, request.owner)
@@ -233,6 +240,7 @@ class Router:
                     lambda: queue.submit(
                         call,
                         client=request.caller.client,
+                        weight=key.weight if key is not None else 1.0,
                         tier=tier,
                         group=_group(call, prepared.digest, facts),
                     ),
@@ -313,6 +321,10 @@ class Router:
     @answers
     async def enrol(self, request: EnrolRequest) -> Voice:
         """Check a recording, compute its conditioning, and only then make it a voice."""
+        async with self._admission.admit(request.caller, characters=0):
+            return await self._enrol(request)
+
+    async def _enrol(self, request: EnrolRequest) -> Voice:
         settings = self._settings.voices
         if settings.consent == "required" and not request.consent.strip():
             raise ConsentRequired(

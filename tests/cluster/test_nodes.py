@@ -41,6 +41,7 @@ SETTINGS = {
     },
     "router": {"min_replicas": 2, "max_replicas": 2},
     "ingress": {"min_replicas": 2, "max_replicas": 2},
+    "limits": {"total": {"requests_per_minute": None}, "per_ip": {"requests_per_minute": None}},
 }
 
 

@@ -50,6 +50,15 @@ def test_arguments_win_over_environment_over_file_over_defaults(
         ("voices: {store: relative/path}", "absolute"),
         ("voices: {consent: maybe}", "voices.consent"),
         ("limits: [1", "YAML"),
+        ("limits: {per_ip: {request_per_minute: 5}}", "limits.per_ip.request_per_minute"),
+        ("limits: {total: {concurrent: 0}}", "limits.total.concurrent"),
+        ("limits: {state: memcached://x}", "limits.state"),
+        ("keys: {studio: {secret: x}}", "keys.studio.secret"),
+        ("keys: {studio: {sha256: x}}", "keys.studio.sha256"),
+        (f"keys: {{a: {{sha256: {'ab' * 32}}}, b: {{sha256: {'ab' * 32}}}}}", "'a' and 'b'"),
+        (f"keys: {{a: {{sha256: {'ab' * 32}, weight: 0}}}}", "keys.a.weight"),
+        ("trusted_proxies: [10.0.0.300]", "trusted_proxies.0"),
+        ("trusted_proxies: [10.0.0.1/8]", "trusted_proxies.0"),
     ],
 )
 def test_mistakes_stop_the_start_with_file_and_key(
@@ -94,6 +103,22 @@ def test_models_resolve() -> None:
     assert settings.served_engine("x") == "slow"
     assert settings.served_engine("tts-1") == "tone"
     assert settings.served_engine("TONE") is None
+
+
+def test_defaults_of_limits_stay_where_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VOICE_CLONE__LIMITS__PER_IP__CONCURRENT", "4")
+    limits = load_settings(limits={"total": {"characters_per_minute": 9}}).limits
+    assert limits.total.model_dump() == {
+        "requests_per_minute": 1000,
+        "characters_per_minute": 9,
+        "concurrent": 50,
+    }
+    assert limits.per_ip.model_dump() == {
+        "requests_per_minute": 100,
+        "characters_per_minute": None,
+        "concurrent": 4,
+    }
+    assert set(limits.per_key.model_dump().values()) == {None}
 
 
 def test_documentation_is_what_the_command_prints() -> None:

@@ -1,0 +1,105 @@
+"""Limits as in production: HAProxy in front of the ingress, Serve's throughput settings, two routers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from benchmarks.ports import free_port
+from tests.cluster.conftest import BIN, Program
+from tests.cluster.test_command_line import wait_ready
+from tests.speech import noisy_tone, wav_bytes
+
+LONG = "This is a long text that goes on and on for a while. " * 40
+
+
+@pytest.fixture(scope="module")
+def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server behind HAProxy, which is trusted as if another proxy in front of it told addresses."""
+    folder = tmp_path_factory.mktemp("haproxy")
+    settings = {
+        "engines": {
+            "tone": {"replicas": {"num_cpus": 0.1}},
+            "slow": {"engine": "tone", "config": {"step_s": 0.1}, "replicas": {"num_cpus": 0.1}},
+        },
+        "router": {"min_replicas": 2, "max_replicas": 2},
+        "limits": {"per_ip": {"requests_per_minute": 3}},
+        "keys": {
+            name: {"sha256": hashlib.sha256(name.encode()).hexdigest(), **quota}
+            for name, quota in {"owner": {}, "narrow": {"concurrent": 1}}.items()
+        },
+        "trusted_proxies": ["127.0.0.1"],
+    }
+    config = folder / "settings.yaml"
+    # JSON is YAML too.
+    config.write_text(json.dumps(settings))
+    haproxy = Path(environment["RAY_TMPDIR"])
+    port = free_port()
+    program = Program(
+        BIN / "voice-clone",
+        "serve",
+        "--config",
+        config,
+        "--port",
+        str(port),
+        environment={
+            **environment,
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        },
+    )
+    found = f"http://127.0.0.1:{port}"
+    try:
+        wait_ready(found, program)
+        sample = {"audio_sample": ("me.wav", wav_bytes(noisy_tone(150.0)))}
+        owner = {"authorization": "Bearer owner"}
+        httpx.post(
+            f"{found}/v1/audio/voices", data={"name": "me"}, files=sample, headers=owner, timeout=60
+        ).raise_for_status()
+        yield found
+    finally:
+        program.stop()
+        program.kill_all()
+
+
+def body(text: str = "Hello.", model: str = "tone") -> dict[str, str]:
+    return {"model": model, "voice": "me", "input": text, "response_format": "pcm"}
+
+
+def speak(url: str, **headers: str) -> int:
+    return httpx.post(f"{url}/v1/audio/speech", json=body(), headers=headers, timeout=60).status_code
+
+
+def test_addresses_are_those_that_a_proxy_in_front_tells(url: str) -> None:
+    told = {"x-forwarded-for": "1.2.3.4"}
+    assert [speak(url, **told) for _ in range(5)] == [200, 200, 200, 429, 429]
+    assert speak(url, **{"x-forwarded-for": "6.6.6.6, 1.2.3.4"}) == 429
+    assert speak(url, **{"x-forwarded-for": "1.2.3.5"}) == 200
+    # HAProxy adds no address of its own: without one, nobody shares a limit with everybody.
+    assert [speak(url) for _ in range(6)] == [200] * 6
+
+
+def test_slots_come_back_when_clients_leave(url: str) -> None:
+    narrow = {"authorization": "Bearer narrow"}
+    for _ in range(3):
+        request = {"json": body(LONG, "slow"), "headers": narrow, "timeout": 60}
+        with httpx.stream("POST", f"{url}/v1/audio/speech", **request) as answer:  # type: ignore[arg-type]
+            assert answer.status_code == 200
+            assert [speak(url, **narrow) for _ in range(4)] == [429] * 4
+        deadline_s = time.monotonic() + 20
+        while speak(url, **narrow) != 200:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert [speak(url, **narrow) for _ in range(6)] == [200] * 6
