@@ -35,6 +35,7 @@ from engines.mosaic.profile import VoiceProfile, with_pitch
 from engines.mosaic.renderer import render
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import BINS, resample
+from engines.mosaic.voice_map import PreparedVoice
 from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER, WeightFile
 
 RATE_HZ = 24_000
@@ -388,18 +389,23 @@ def test_a_changed_or_missing_model_file_stops_loading(
 
 def test_the_cache_keeps_the_voices_used_last(large_voice: Conditioning) -> None:
     features = PhoneFeatures(PHONE_PROJECTION.tensors()["projection"])
-    cache = VoiceCache(capacity=2)
+    cache = VoiceCache[PreparedVoice](capacity=2)
+
+    def get(voice: Conditioning, language: str = "en") -> PreparedVoice:
+        return cache.get(voice, language, lambda profile: PreparedVoice.of(profile, features))
+
     variants = [
         replace(large_voice, arrays={**large_voice.arrays, "level": np.array([float(number)])})
         for number in range(3)
     ]
-    first = cache.get(variants[0], features)
-    cache.get(variants[1], features)
+    first = get(variants[0])
+    get(variants[1])
     equal_copy = Conditioning.from_bytes(variants[0].to_bytes())
-    assert cache.get(equal_copy, features) is first
-    cache.get(variants[2], features)
+    assert get(equal_copy) is first
+    get(variants[2])
     assert len(cache) == 2
-    assert cache.get(variants[0], features) is first
+    assert get(variants[0]) is first
+    assert get(variants[0], "es") is not first
 
 
 def test_a_profile_survives_storage(large_voice: Conditioning) -> None:
