@@ -71,7 +71,10 @@ class MosaicConfig(EngineConfig):
     slots: int = Field(default=4, ge=1, le=1024, description="Utterances one replica works on at once.")
     threads: int = Field(default=1, ge=1, le=64, description="Threads of the base speech model.")
     cached_voices: int = Field(
-        default=64, ge=1, le=65536, description="Voices kept ready for synthesis, about 0.5 MB each."
+        default=64,
+        ge=1,
+        le=65536,
+        description="Voices kept ready for English, and as many for other languages; about 0.5 MB each.",
     )
 
 

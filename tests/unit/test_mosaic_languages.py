@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -232,6 +233,12 @@ def test_without_the_extra_it_is_english_only_and_says_what_to_install(
         assert isinstance(error, UnsupportedLanguage)
         assert "It speaks: en." in error.next_step
         assert f"pip install '{EXTRA}'" in error.next_step
+
+
+def test_the_extra_is_never_installed_by_default() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["espeak"] == ["espeakng-loader==0.2.4"]
+    assert not [requirement for requirement in project["dependencies"] if "espeak" in requirement]
 
 
 def test_with_the_extra_a_refused_language_is_not_sent_to_pip(
