@@ -146,10 +146,20 @@ class EngineCard:
     options: tuple[str, ...] = ()
     #: Fields that all utterances of one batch must have in common, for a model that cannot mix them.
     batch_by: tuple[Literal["language", "speed", "conditioning", "options"], ...] = ()
+    #: Languages that something optional adds, by what ``pip install`` takes to get it.
+    optional_languages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def max_chars(self, language: str) -> int:
         """Longest utterance in characters for ``language``."""
         return self.max_utterance_chars.get(language, self.max_utterance_chars["*"])
+
+    def about_languages(self, spoken: Sequence[str]) -> str:
+        """For whoever asked for another language: what is ``spoken``, and what would have to be installed."""
+        sentences = [f"It speaks: {', '.join(spoken)}."]
+        for requirement, added in self.optional_languages.items():
+            if not set(added) <= set(spoken):
+                sentences.append(f"pip install '{requirement}' where it runs would add: {', '.join(added)}.")
+        return " ".join(sentences)
 
 
 class EngineConfig(BaseModel):
@@ -356,7 +366,7 @@ class Engine(ABC):
         if utterance.language not in self.languages:
             raise UnsupportedLanguage(
                 f"Engine '{self.card.name}' does not speak '{utterance.language}'.",
-                next_step=f"It speaks: {', '.join(self.languages)}.",
+                next_step=self.card.about_languages(self.languages),
             )
         limit = self.card.max_chars(utterance.language)
         if len(utterance.text) > limit:

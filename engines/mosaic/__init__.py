@@ -5,6 +5,8 @@ Modules, in the order sound passes through them::
     spectrum            frames, mel bands, cepstra: the one grid everything is measured on
     source_filter       speech as pulses and noise, each with a spectrum
     base_speech         text -> source-filter parts of the base voice (hibari, ONNX)
+    espeak_process      the program in which espeak-ng, an optional extra, speaks
+    espeak_speech       text -> samples of espeak-ng: other languages than English
     pitch               F0 of a recording
     phone_features      what makes two frames "the same sound"
     speaker_encoder     who speaks: one vector per recording, and its gradient
@@ -15,6 +17,8 @@ Modules, in the order sound passes through them::
     voice_map           profile -> where each sound of the base voice has to move
     conversion          the gain of each frame
     renderer            parts + gain -> samples, block by block
+    waveform            samples as frames, to be measured and converted
+    other_languages     profile -> the same voice over espeak-ng
     weight_files        the model files and their checksums
     engine              the door: MosaicEngine
 """

@@ -6,19 +6,36 @@ The spectral envelope moves; pitch, timing and fine structure stay the base voic
 
 from __future__ import annotations
 
+from typing import Protocol, Self
+
 import numpy as np
 
 from engines.mosaic.phone_features import CONTEXT_FRAMES, PhoneFeatures
-from engines.mosaic.source_filter import Parts
-from engines.mosaic.spectrum import CEPSTRA, F32, MEL_BANDS, cepstra, log_energy
+from engines.mosaic.spectrum import CEPSTRA, F32, MEL_BANDS, Bool, cepstra, log_energy
 from engines.mosaic.voice_map import SMOOTHING_REACH, PreparedVoice, shape_of, smoothed
+
+
+class Frames(Protocol):
+    """Speech of a base voice, as much of it as gains depend on: ``Parts`` or a ``Waveform``."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def voiced(self) -> Bool:
+        """Which frames have a pitch, [frames]."""
+
+    def between(self, start: int, stop: int) -> Self:
+        """Frames ``start`` to ``stop``."""
+
+    def power(self) -> F32:
+        """Power spectra without harmonics, [frames, BINS]."""
 
 
 class Conversion:
     """The gains of one piece of speech. Frames are analysed only as far as a caller has asked for gains."""
 
-    def __init__(self, parts: Parts, voice: PreparedVoice, features: PhoneFeatures) -> None:
-        """``parts``: speech of the base voice, already ``PreparedVoice.shaped``."""
+    def __init__(self, parts: Frames, voice: PreparedVoice, features: PhoneFeatures) -> None:
+        """``parts``: speech of the base voice, already ``PreparedVoice.shaped`` or in the voice's pitch."""
         frames = len(parts)
         self._parts, self._voice, self._features = parts, voice, features
         self._shapes = np.empty((frames, MEL_BANDS), np.float32)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -28,14 +28,17 @@ from engines.contract import (
     Utterance,
 )
 from engines.mosaic.base_speech import BaseSpeech
-from engines.mosaic.conversion import Conversion
+from engines.mosaic.conversion import Conversion, Frames
 from engines.mosaic.enrolment import Calibration, Enrolment
+from engines.mosaic.espeak_speech import EXTRA, LANGUAGES, EspeakSpeech
+from engines.mosaic.other_languages import ForeignVoice, OtherLanguages
 from engines.mosaic.phone_features import PhoneFeatures
 from engines.mosaic.profile import VoiceProfile
 from engines.mosaic.renderer import Renderer
 from engines.mosaic.speaker_encoder import SpeakerEncoder
-from engines.mosaic.spectrum import SAMPLE_RATE_HZ
+from engines.mosaic.spectrum import F32, SAMPLE_RATE_HZ
 from engines.mosaic.voice_map import PreparedVoice
+from engines.mosaic.waveform import WaveformRenderer
 from engines.mosaic.weight_files import BASE_MODEL, PHONE_PROJECTION, SPEAKER_ENCODER
 
 #: Changes whenever the same recording would give another conditioning or the same conditioning other speech.
@@ -44,6 +47,23 @@ _ALGORITHM_VERSION = "2"
 _FIRST_BLOCK_FRAMES = 12
 _BLOCK_FRAMES = 40
 
+_ENGLISH = "en"
+
+Ready = TypeVar("Ready")
+#: Contravariant, because a renderer only takes frames.
+Rendered = TypeVar("Rendered", bound=Frames, contravariant=True)
+Spoken = TypeVar("Spoken", bound=Frames)
+
+
+class FrameRenderer(Protocol[Rendered]):
+    """Frames and gains to samples: ``Renderer`` or ``WaveformRenderer``."""
+
+    def push(self, frames: Rendered, log_gain: F32, /) -> F32:
+        """Samples complete once ``frames``, the next ones, are in."""
+
+    def finish(self) -> F32:
+        """The samples still held back."""
+
 
 class MosaicConfig(EngineConfig):
     """Settings of the mosaic engine."""
@@ -51,7 +71,10 @@ class MosaicConfig(EngineConfig):
     slots: int = Field(default=4, ge=1, le=1024, description="Utterances one replica works on at once.")
     threads: int = Field(default=1, ge=1, le=64, description="Threads of the base speech model.")
     cached_voices: int = Field(
-        default=64, ge=1, le=65536, description="Voices kept ready for synthesis, about 0.5 MB each."
+        default=64,
+        ge=1,
+        le=65536,
+        description="Voices kept ready for English, and as many for other languages; about 0.5 MB each.",
     )
 
 
@@ -63,15 +86,18 @@ class _Loaded:
     features: PhoneFeatures
     enrolment: Enrolment
     fingerprint: str
+    #: None if the extra is not installed.
+    others: OtherLanguages | None
 
 
 class MosaicEngine(Engine):
-    """English speech on one CPU core in any enrolled voice."""
+    """English speech on one CPU core in any enrolled voice; more languages with the espeak extra."""
 
     card: ClassVar[EngineCard] = EngineCard(
         name="mosaic",
         summary="English on one CPU core: a base voice, moved frame by frame towards the enrolled speaker.",
-        languages=("en",),
+        languages=(_ENGLISH,),
+        optional_languages={EXTRA: LANGUAGES},
         sample_rate_hz=SAMPLE_RATE_HZ,
         max_utterance_chars={"*": 400},
         streams=True,
@@ -88,7 +114,8 @@ class MosaicEngine(Engine):
         super().__init__(config)
         settings = config if isinstance(config, MosaicConfig) else MosaicConfig(**config.model_dump())
         self._threads = settings.threads
-        self._voices = VoiceCache(settings.cached_voices)
+        self._voices = VoiceCache[PreparedVoice](settings.cached_voices)
+        self._foreign_voices = VoiceCache[ForeignVoice](settings.cached_voices)
         self._loaded: _Loaded | None = None
 
     @property
@@ -96,14 +123,20 @@ class MosaicEngine(Engine):
         """Hash of the three model files and of the algorithm's version."""
         return self._require_loaded().fingerprint
 
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """English, and with the espeak extra the languages it adds."""
+        return self.card.languages + (LANGUAGES if self._require_loaded().others else ())
+
     def load(self) -> None:
-        """Check the model files, read them, and let the base voice speak once."""
+        """Check the model files, read them, and let the base voice speak once; and espeak-ng if installed."""
         BASE_MODEL.verified()
         encoder = SpeakerEncoder(SPEAKER_ENCODER.tensors())
         features = PhoneFeatures(PHONE_PROJECTION.tensors()["projection"])
         base = BaseSpeech(self._threads)
+        calibration = Calibration.of(base)
         enrolment = Enrolment(
-            Calibration.of(base),
+            calibration,
             features,
             encoder,
             min_speech_s=self.card.min_reference_s,
@@ -111,12 +144,15 @@ class MosaicEngine(Engine):
         )
         identity = [BASE_MODEL.sha256, SPEAKER_ENCODER.sha256, PHONE_PROJECTION.sha256, _ALGORITHM_VERSION]
         fingerprint = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
-        self._loaded = _Loaded(base, features, enrolment, fingerprint)
+        espeak = EspeakSpeech.installed()
+        others = OtherLanguages(espeak, calibration, features) if espeak else None
+        self._loaded = _Loaded(base, features, enrolment, fingerprint, others)
 
     def unload(self) -> None:
         """Forget weights and voices."""
         self._loaded = None
         self._voices.clear()
+        self._foreign_voices.clear()
 
     def extract_voice(self, reference: Reference) -> Conditioning:
         """The quick profile. Raises ``ReferenceUnusable``."""
@@ -145,7 +181,15 @@ class MosaicEngine(Engine):
         """Blocks of ``utterance``, and whether each is the last."""
         self.check_utterance(utterance)
         loaded = self._require_loaded()
-        voice = self._voices.get(utterance.conditioning, loaded.features)
+        if utterance.language == _ENGLISH or loaded.others is None:
+            yield from self._speak_english(utterance, loaded)
+        else:
+            yield from self._speak_other(utterance, loaded.features, loaded.others)
+
+    def _speak_english(self, utterance: Utterance, loaded: _Loaded) -> Iterator[tuple[Samples, bool]]:
+        voice = self._voices.get(
+            utterance.conditioning, _ENGLISH, lambda profile: PreparedVoice.of(profile, loaded.features)
+        )
         runs = loaded.base.phoneme_runs(utterance.text)
         if not runs:
             raise NothingToSpeak(
@@ -153,17 +197,28 @@ class MosaicEngine(Engine):
                 next_step="Give words or numbers.",
             )
         noise = np.random.default_rng(utterance.seed % 2**64)
-        block_frames = _FIRST_BLOCK_FRAMES
         for number, run in enumerate(runs, start=1):
             parts = voice.shaped(loaded.base.speak(run, utterance.speed))
-            conversion = Conversion(parts, voice, loaded.features)
             renderer = Renderer(parts.f0_hz, noise)
-            start = 0
-            while start < len(parts):
-                stop = min(start + block_frames, len(parts))
-                yield renderer.push(parts.between(start, stop), conversion.gain(start, stop)), False
-                start, block_frames = stop, _BLOCK_FRAMES
+            first = _FIRST_BLOCK_FRAMES if number == 1 else _BLOCK_FRAMES
+            for block in _blocks(parts, Conversion(parts, voice, loaded.features), renderer, first):
+                yield block, False
             yield renderer.finish(), number == len(runs)
+
+    def _speak_other(
+        self, utterance: Utterance, features: PhoneFeatures, others: OtherLanguages
+    ) -> Iterator[tuple[Samples, bool]]:
+        ready = self._foreign_voices.get(
+            utterance.conditioning,
+            utterance.language,
+            lambda profile: others.prepare(profile, utterance.language),
+        )
+        speech = others.speak(utterance.text, utterance.language, ready.manner, utterance.speed)
+        renderer = WaveformRenderer()
+        conversion = Conversion(speech, ready.voice, features)
+        for block in _blocks(speech, conversion, renderer, _FIRST_BLOCK_FRAMES):
+            yield block, False
+        yield renderer.finish(), True
 
     def _conditioning(self, profile: VoiceProfile) -> Conditioning:
         return Conditioning(self.card.name, self.weights_fingerprint, profile.to_arrays())
@@ -174,26 +229,28 @@ class MosaicEngine(Engine):
         return self._loaded
 
 
-class VoiceCache:
-    """The voices used last, ready for synthesis. Safe for any number of threads."""
+class VoiceCache(Generic[Ready]):
+    """The voices used last, each ready for synthesis in one language. Safe for any number of threads."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._voices: OrderedDict[str, PreparedVoice] = OrderedDict()
+        self._voices: OrderedDict[tuple[str, str], Ready] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._voices)
 
-    def get(self, conditioning: Conditioning, features: PhoneFeatures) -> PreparedVoice:
+    def get(
+        self, conditioning: Conditioning, language: str, prepare: Callable[[VoiceProfile], Ready]
+    ) -> Ready:
         """The voice of ``conditioning``, prepared if it is not here yet. Raises ``ConditioningMismatch``."""
-        key = _digest(conditioning)
+        key = _digest(conditioning), language
         with self._lock:
             voice = self._voices.get(key)
             if voice is not None:
                 self._voices.move_to_end(key)
                 return voice
-        voice = PreparedVoice.of(VoiceProfile.from_arrays(conditioning.arrays), features)
+        voice = prepare(VoiceProfile.from_arrays(conditioning.arrays))
         with self._lock:
             self._voices[key] = voice
             while len(self._voices) > self._capacity:
@@ -204,6 +261,17 @@ class VoiceCache:
         """Forget all voices."""
         with self._lock:
             self._voices.clear()
+
+
+def _blocks(
+    frames: Spoken, conversion: Conversion, renderer: FrameRenderer[Spoken], first_block_frames: int
+) -> Iterator[Samples]:
+    """Samples of ``frames``, converted and rendered only as far as they are asked for."""
+    start, block_frames = 0, first_block_frames
+    while start < len(frames):
+        stop = min(start + block_frames, len(frames))
+        yield renderer.push(frames.between(start, stop), conversion.gain(start, stop))
+        start, block_frames = stop, _BLOCK_FRAMES
 
 
 def _digest(conditioning: Conditioning) -> str:

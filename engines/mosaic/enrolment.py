@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.contract import Reference
 from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.closing_equaliser import closing_equaliser
-from engines.mosaic.conversion import Conversion
+from engines.mosaic.conversion import Conversion, Frames
 from engines.mosaic.phone_features import PhoneFeatures
 from engines.mosaic.pitch import track_f0
 from engines.mosaic.profile import VoiceProfile, with_pitch
@@ -28,7 +29,17 @@ from engines.mosaic.recording import (
 from engines.mosaic.renderer import render
 from engines.mosaic.source_filter import Parts
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, WINDOW_FRAMES, SpeakerEncoder, without_silence
-from engines.mosaic.spectrum import BINS, F32, HOP, SAMPLE_RATE_HZ, log_energy, mel_bank, resample
+from engines.mosaic.spectrum import (
+    BINS,
+    F32,
+    HOP,
+    SAMPLE_RATE_HZ,
+    Bool,
+    MelBank,
+    log_energy,
+    mel_bank,
+    resample,
+)
 from engines.mosaic.voice_map import PreparedVoice
 
 #: What the base voice says while it is compared with a speaker.
@@ -46,7 +57,7 @@ _F0_SCALE_RANGE = (0.7, 1.2)
 #: copied, but not so far that words go under.
 _EQUALISER_LIMIT = 2.0
 #: Level at which calibration is rendered: low enough for the renderer's limiter to stay idle.
-_QUIET_LEVEL = -6.0
+QUIET_LEVEL = -6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ class Enrolment:
 
     def refined_profile(self, profile: VoiceProfile) -> VoiceProfile:
         """``profile`` with the closing equaliser. Starts from a flat one: twice is the same as once."""
-        flat = replace(profile, closing_equaliser=np.zeros(BINS, np.float32), level=_QUIET_LEVEL)
+        flat = replace(profile, closing_equaliser=np.zeros(BINS, np.float32), level=QUIET_LEVEL)
         spoken = resample(self._render_converted(flat), SAMPLE_RATE_HZ, ENCODER_RATE_HZ)
         curve = closing_equaliser(self._encoder, spoken, profile.speaker, profile.bandwidth_hz)
         return self._levelled(replace(flat, closing_equaliser=curve))
@@ -118,26 +129,21 @@ class Enrolment:
         bank = mel_bank(speech.bandwidth_hz)
         log_mel = bank.log_mel(speech.power)
         log_mel -= log_mel.mean()
-        power = with_pitch(base.parts, f0_scale, f0_offset).with_vocal_tract(ratio).power()
-        energy = log_energy(power)
-        floor = speech_floor(energy)
-        spoken = energy > floor
-        base_log_mel = bank.log_mel(power[spoken])
-        gain = 0.5 * (log_mel.mean(axis=0) - base_log_mel.mean(axis=0))
-        gain = np.clip(gain - gain.mean(), -_EQUALISER_LIMIT, _EQUALISER_LIMIT)
+        shaped = with_pitch(base.parts, f0_scale, f0_offset).with_vocal_tract(ratio)
+        start = StartingPoint.of(shaped, log_mel, bank)
         return VoiceProfile(
             f0_scale=f0_scale,
             f0_offset=f0_offset,
             vocal_tract_ratio=ratio,
             bandwidth_hz=speech.bandwidth_hz,
             level=0.0,
-            speech_floor=floor,
-            equaliser=gain @ bank.synthesis,
+            speech_floor=start.speech_floor,
+            equaliser=start.equaliser,
             closing_equaliser=np.zeros(BINS, np.float32),
             unit_log_mel=log_mel.astype(np.float16),
             unit_voiced=speech.f0_hz > 0,
-            base_log_mel=(base_log_mel + 2 * gain).astype(np.float16),
-            base_voiced=base.parts.voiced[spoken],
+            base_log_mel=start.base_log_mel,
+            base_voiced=start.base_voiced,
             speaker=speech.speaker,
         )
 
@@ -170,9 +176,40 @@ class Enrolment:
 
     def _levelled(self, profile: VoiceProfile) -> VoiceProfile:
         """``profile`` with the level that brings its speech to ``SPEECH_LEVEL``."""
-        samples = self._render_converted(replace(profile, level=_QUIET_LEVEL))
-        blocks = samples[: len(samples) // HOP * HOP].reshape(-1, HOP)
-        mean_square = (blocks.astype(np.float64) ** 2).mean(axis=1)
-        active = mean_square > mean_square.max() * 10 ** (SPEECH_DB / 10)
-        rms = float(np.sqrt(mean_square[active].mean()))
-        return replace(profile, level=_QUIET_LEVEL + float(np.log(SPEECH_LEVEL / rms)))
+        samples = self._render_converted(replace(profile, level=QUIET_LEVEL))
+        return replace(profile, level=QUIET_LEVEL + level_to_speech(samples))
+
+
+@dataclass(frozen=True, slots=True)
+class StartingPoint:
+    """What of a profile depends on the base voice: its fields of the same names, before matching."""
+
+    speech_floor: float
+    equaliser: F32
+    base_log_mel: NDArray[np.float16]
+    base_voiced: Bool
+
+    @classmethod
+    def of(cls, base: Frames, speaker_log_mel: F32, bank: MelBank) -> StartingPoint:
+        """Measured on ``base``, the base voice in the speaker's pitch, against frames of the speaker."""
+        power = base.power()
+        energy = log_energy(power)
+        floor = speech_floor(energy)
+        spoken = energy > floor
+        base_log_mel = bank.log_mel(power[spoken])
+        gain = 0.5 * (speaker_log_mel.mean(axis=0) - base_log_mel.mean(axis=0))
+        gain = np.clip(gain - gain.mean(), -_EQUALISER_LIMIT, _EQUALISER_LIMIT)
+        return cls(
+            floor,
+            gain @ bank.synthesis,
+            (base_log_mel + 2 * gain).astype(np.float16),
+            base.voiced[spoken],
+        )
+
+
+def level_to_speech(samples: F32) -> float:
+    """Log gain that brings the speech in ``samples`` [n] at 24 kHz to ``SPEECH_LEVEL``."""
+    blocks = samples[: len(samples) // HOP * HOP].reshape(-1, HOP)
+    mean_square = (blocks.astype(np.float64) ** 2).mean(axis=1)
+    active = mean_square > mean_square.max() * 10 ** (SPEECH_DB / 10)
+    return float(np.log(SPEECH_LEVEL / np.sqrt(mean_square[active].mean())))

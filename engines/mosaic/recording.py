@@ -11,19 +11,15 @@ from engines.mosaic.pitch import track_f0
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import (
     BIN_HZ,
-    BINS,
     F32,
-    F64,
     FRAMES_PER_S,
-    HANN,
-    HOP,
     SAMPLE_RATE_HZ,
-    WINDOW,
     log_energy,
     log_power,
     mel_bank,
     resample,
 )
+from engines.mosaic.waveform import Waveform
 
 #: Root mean square to which recordings and the finished voice are brought.
 SPEECH_LEVEL = 0.06
@@ -53,7 +49,9 @@ class RecordedSpeech:
     ) -> RecordedSpeech:
         """Analyse the first ``max_speech_s`` of ``reference``. Raises ``ReferenceUnusable``."""
         samples = _checked(reference, min_speech_s, max_speech_s)
-        f0_hz, power = _smooth_power(samples, reference.sample_rate_hz)
+        f0_hz = track_f0(samples, reference.sample_rate_hz)
+        frames = Waveform.framed(resample(samples, reference.sample_rate_hz, SAMPLE_RATE_HZ), f0_hz)
+        f0_hz, power = frames.f0_hz, frames.power()
         energy = log_energy(power)
         speech = energy > speech_floor(energy)
         _check_speech(power[speech], f0_hz[speech], min_speech_s)
@@ -116,33 +114,6 @@ def _check_speech(power: F32, f0_hz: F32, min_speech_s: float) -> None:
             "The recording holds a steady sound, not speech.",
             next_step="Record one person speaking normally, without music, near the microphone.",
         )
-
-
-def _smooth_power(samples: F32, sample_rate_hz: int) -> tuple[F32, F32]:
-    """F0 [frames] and power spectra [frames, BINS] averaged over one F0, which hides the harmonics."""
-    f0_hz = track_f0(samples, sample_rate_hz)
-    wide = np.pad(resample(samples, sample_rate_hz, SAMPLE_RATE_HZ), WINDOW // 2)
-    frames = np.lib.stride_tricks.sliding_window_view(wide, WINDOW)[::HOP]
-    count = min(len(frames), len(f0_hz))
-    f0_hz = f0_hz[:count]
-    spectra = np.fft.rfft(frames[:count] * HANN, axis=1)
-    power = spectra.real.astype(np.float64) ** 2 + spectra.imag.astype(np.float64) ** 2
-    half_width = 0.5 * np.where(f0_hz > 0, f0_hz, 150.0)[:, None] / BIN_HZ
-    running = np.cumsum(np.pad(power, ((0, 0), (1, 0))), axis=1)
-    centre = np.arange(BINS)[None] + 0.5
-    low, high = np.clip(centre - half_width, 0, BINS), np.clip(centre + half_width, 0, BINS)
-    smooth = (_at(running, high) - _at(running, low)) / (high - low)
-    return f0_hz, smooth.astype(np.float32)
-
-
-def _at(rows: F64, positions: F64) -> F64:
-    """Each of ``rows`` at fractional ``positions``, linearly interpolated."""
-    low = np.minimum(positions.astype(np.intp), rows.shape[1] - 2)
-    fraction = positions - low
-    value: F64 = (
-        np.take_along_axis(rows, low, 1) * (1 - fraction) + np.take_along_axis(rows, low + 1, 1) * fraction
-    )
-    return value
 
 
 def _from_first_sound(samples: F32, sample_rate_hz: int) -> F32:

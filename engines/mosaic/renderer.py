@@ -25,30 +25,24 @@ _HIGHEST_HARMONIC_HZ = 11_000.0
 _KNEE = np.float32(0.8)
 
 
-class Renderer:
-    """Renders one piece of speech. ``push`` its frames in order, then ``finish``."""
+class OverlapAdd:
+    """Short-time spectra to samples. ``push`` the spectra of one piece in order, then ``finish``."""
 
-    def __init__(self, f0_hz: F32, noise: np.random.Generator) -> None:
-        """``f0_hz`` [frames] of the whole piece; ``noise`` is drawn from frame by frame, in order."""
-        excitation = np.pad(pulse_train(f0_hz), WINDOW // 2)
-        self._excitation = np.lib.stride_tricks.sliding_window_view(excitation, WINDOW)[::HOP]
-        self._noise = noise
+    def __init__(self) -> None:
         self._tail = np.zeros((_OVERLAP - 1, HOP), np.float32)
-        self._position = 0
         # The window of frame 0 is centred on sample 0: its first half lies before the beginning.
         self._skip = WINDOW // 2
 
-    def push(self, parts: Parts, log_gain: F32) -> F32:
-        """Samples complete once ``parts``, the next frames, are in; ``log_gain`` is [frames, BINS]."""
-        count = len(parts)
-        frames = np.fft.irfft(self._spectra(parts) * np.exp(log_gain), WINDOW, axis=1) * HANN
+    def push(self, spectra: C64) -> F32:
+        """Samples complete once ``spectra`` [frames, BINS], the next frames, are in."""
+        count = len(spectra)
+        frames = np.fft.irfft(spectra, WINDOW, axis=1) * HANN
         steps = frames.reshape(count, _OVERLAP, HOP)
         summed = np.zeros((count + _OVERLAP - 1, HOP), np.float32)
         summed[: _OVERLAP - 1] = self._tail
         for step in range(_OVERLAP):
             summed[step : step + count] += steps[:, step]
         self._tail = summed[count:].copy()
-        self._position += count
         return self._leave(summed[:count])
 
     def finish(self) -> F32:
@@ -60,6 +54,28 @@ class Renderer:
         skipped = min(self._skip, len(samples))
         self._skip -= skipped
         return soft_limited(samples[skipped:])
+
+
+class Renderer:
+    """Renders one piece of speech. ``push`` its frames in order, then ``finish``."""
+
+    def __init__(self, f0_hz: F32, noise: np.random.Generator) -> None:
+        """``f0_hz`` [frames] of the whole piece; ``noise`` is drawn from frame by frame, in order."""
+        excitation = np.pad(pulse_train(f0_hz), WINDOW // 2)
+        self._excitation = np.lib.stride_tricks.sliding_window_view(excitation, WINDOW)[::HOP]
+        self._noise = noise
+        self._position = 0
+        self._output = OverlapAdd()
+
+    def push(self, parts: Parts, log_gain: F32) -> F32:
+        """Samples complete once ``parts``, the next frames, are in; ``log_gain`` is [frames, BINS]."""
+        samples = self._output.push(self._spectra(parts) * np.exp(log_gain))
+        self._position += len(parts)
+        return samples
+
+    def finish(self) -> F32:
+        """The samples still held back."""
+        return self._output.finish()
 
     def _spectra(self, parts: Parts) -> C64:
         start = self._position

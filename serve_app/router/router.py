@@ -499,7 +499,8 @@ def _language(wanted: str | None, text: str, facts: EngineFacts) -> str:
     if language not in facts.languages:
         found = "is asked for" if wanted else "seems to be the language of the text"
         raise UnsupportedLanguage(
-            f"'{language[:20]}' {found}; engine '{facts.card.name}' speaks {', '.join(facts.languages)}. "
+            f"'{language[:20]}' {found}, which engine '{facts.card.name}' does not speak. "
+            f"{facts.card.about_languages(facts.languages)} "
             "Choose another engine (GET /v1/models), or set 'language' if the guess is wrong.",
             param="language",
         )

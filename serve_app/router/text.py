@@ -16,6 +16,8 @@ _DETECT_CHARS = 500
 #: and loan words are often taken for another language.
 _TRUSTED_SCORE = 0.8
 _TRUSTED_CHARS = 12
+#: Below this not even a language that the engine speaks is believed: "Hello." is Italian with 0.47.
+_LIKELY_SCORE = 0.7
 
 # Cf holds joiners that Indic and Arabic scripts and emoji need; only the byte-order mark goes.
 _DROPPED = {"\ufeff"}
@@ -49,17 +51,16 @@ def is_speakable(text: str) -> bool:
 def find_language(text: str, spoken: tuple[str, ...]) -> str:
     """The language of ``text`` as a BCP-47 primary subtag.
 
-    ``spoken`` are the engine's languages. A weak guess that the engine does not speak gives way to its first
-    language; a strong one is returned, so that the caller can refuse it by name.
+    ``spoken`` are the engine's languages. A weak guess gives way to the first of them; a strong one that the
+    engine does not speak is returned, so that the caller can refuse it by name.
     """
     guess = detect(" ".join(text[:_DETECT_CHARS].split()), model="lite")[0]
     language, score = str(guess["lang"]), float(guess["score"])
     if language in spoken:
-        return language
-    trusted = score >= _TRUSTED_SCORE and len(text) >= _TRUSTED_CHARS
-    if trusted or not _is_latin(text):
-        return language
-    return spoken[0]
+        trusted = score >= _LIKELY_SCORE
+    else:
+        trusted = score >= _TRUSTED_SCORE and len(text) >= _TRUSTED_CHARS
+    return language if trusted or not _is_latin(text) else spoken[0]
 
 
 def _is_latin(text: str) -> bool:

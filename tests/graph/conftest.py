@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -25,7 +26,7 @@ from tests.speech import noisy_tone, wav_bytes
 
 TICKET = Path(tempfile.gettempdir()) / f"voice-clone-fault-{os.getpid()}"
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "engines": {
         "tone": {"config": {"slots": 4, "step_s": 0.005}, "replicas": {"num_cpus": 0.1}},
         # Slow enough that a client can leave in the middle and that requests meet in a batch.
@@ -77,7 +78,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The served graph, with a voice called ``anna``."""
     prepare_environment()
     store = tmp_path_factory.mktemp("store")
-    settings = {**SETTINGS, "voices": {"store": str(store), "aliases": {"alloy": "anna"}}}
+    english = {
+        "engine": "mosaic",
+        "replicas": {"num_cpus": 0.1},
+        "runtime_env": _without_espeak(tmp_path_factory.mktemp("site")),
+    }
+    settings = {
+        **SETTINGS,
+        "engines": {**SETTINGS["engines"], "english": english},
+        "voices": {"store": str(store), "aliases": {"alloy": "anna"}},
+    }
     port = free_port()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
@@ -94,6 +104,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _without_espeak(folder: Path) -> dict[str, Any]:
+    """A runtime environment in which the package of the espeak extra cannot be imported."""
+    (folder / "sitecustomize.py").write_text('import sys\nsys.modules["espeakng_loader"] = None\n')
+    return {"env_vars": {"PYTHONPATH": str(folder)}}
 
 
 def activity(engine: str) -> list[ReplicaActivity]:

@@ -82,5 +82,5 @@ def test_four_voices_at_once(tts: Client) -> None:
 def test_models_and_readiness(tts: Client) -> None:
     tts.ready()
     models = {model.name: model for model in tts.models()}
-    assert models["mosaic"].languages == ("en",)
+    assert models["english"].languages == ("en",)
     assert models["mosaic"].ready

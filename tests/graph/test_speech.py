@@ -202,10 +202,12 @@ def test_request_id_is_taken_or_made(server: Server) -> None:
 
 def test_models_list_the_served_engines(server: Server) -> None:
     models = {model.id: model for model in server.openai.models.list()}
-    assert set(models) == {"tone", "slow", "pair", "mosaic"}
+    assert set(models) == {"tone", "slow", "pair", "shaky", "mute", "mosaic", "english"}
     mosaic = server.http.get("/v1/models/mosaic").json()
-    assert mosaic["languages"] == ["en"]
+    assert mosaic["languages"][0] == "en"
+    assert "es" in mosaic["languages"]
     assert mosaic["status"] == "ready"
+    assert server.http.get("/v1/models/english").json()["languages"] == ["en"]
 
 
 def test_health(server: Server) -> None:
@@ -219,10 +221,25 @@ def test_default_engine_speaks_the_voice(server: Server) -> None:
     assert np.sqrt(np.mean(samples**2)) > 0.01
 
 
-def test_default_engine_refuses_other_languages(server: Server) -> None:
+def test_default_engine_speaks_other_languages_with_the_espeak_extra(server: Server) -> None:
+    body = {"model": "mosaic", "voice": "anna", "input": "Buenos días a todos. ¿Cómo estáis hoy?"}
+    spoken = server.http.post("/v1/audio/speech", json={**body, "response_format": "pcm"})
+    assert spoken.status_code == 200, spoken.text
+    assert spoken.headers["x-language"] == "es"
+    assert 2 < len(spoken.content) / 2 / 24_000 < 8
+
+
+@pytest.mark.parametrize("language", [None, "de", "ja"])
+def test_default_engine_without_the_extra_refuses_other_languages_and_names_it(
+    server: Server, language: str | None
+) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         server.openai.audio.speech.create(
-            model="mosaic", voice="anna", input="Guten Morgen, wie geht es dir heute?"
+            model="english",
+            voice="anna",
+            input="Guten Morgen, wie geht es dir heute?",
+            extra_body={"language": language} if language else {},
         )
     assert caught.value.code == "unsupported_language"
-    assert "en" in caught.value.message
+    assert "It speaks: en." in caught.value.message
+    assert "pip install 'voice-clone-tts[espeak]'" in caught.value.message

@@ -27,21 +27,17 @@ from engines.contract import (
     UtteranceTooLong,
 )
 from engines.mosaic import engine as engine_module
-from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.engine import MosaicConfig, MosaicEngine, VoiceCache
 from engines.mosaic.phone_features import PhoneFeatures
 from engines.mosaic.pitch import track_f0
-from engines.mosaic.profile import VoiceProfile, with_pitch
-from engines.mosaic.renderer import render
+from engines.mosaic.profile import VoiceProfile
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
-from engines.mosaic.spectrum import BINS, resample
+from engines.mosaic.spectrum import resample
+from engines.mosaic.voice_map import PreparedVoice
 from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER, WeightFile
+from tests.unit.imitated_speakers import imitated_speaker
 
 RATE_HZ = 24_000
-ENROLMENT_TEXT = (
-    "Wood is best for making toys and blocks. The office paint was a dull, sad tan. "
-    "He knew the skill of the great young actress."
-)
 LONG_TEXT = "Nine rows of soldiers stood in line. The beach is dry and shallow at low tide."
 TEXT = "The committee will meet again on Thursday."
 
@@ -51,13 +47,6 @@ def engine() -> MosaicEngine:
     loaded = MosaicEngine(MosaicConfig())
     loaded.load()
     return loaded
-
-
-def imitated_speaker(*, pitch: float, vocal_tract: float) -> Reference:
-    """The base voice turned into somebody else."""
-    base = BaseSpeech(threads=1).speak_all(ENROLMENT_TEXT)
-    parts = with_pitch(base, 1.0, float(np.log(pitch))).with_vocal_tract(vocal_tract)
-    return Reference(render(parts, np.zeros(BINS, np.float32), np.random.default_rng(5)), RATE_HZ)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +303,7 @@ def test_what_every_engine_refuses(engine: MosaicEngine, large_voice: Conditioni
     too_long = "a" * (engine.card.max_chars("en") + 1)
     cases: list[tuple[Utterance, type[EngineError]]] = [
         (replace(good, conditioning=foreign), ConditioningMismatch),
-        (replace(good, language="fr"), UnsupportedLanguage),
+        (replace(good, language="tlh"), UnsupportedLanguage),
         (replace(good, text=too_long), UtteranceTooLong),
         (replace(good, options={"temperature": 1}), UnsupportedOption),
     ]
@@ -388,18 +377,23 @@ def test_a_changed_or_missing_model_file_stops_loading(
 
 def test_the_cache_keeps_the_voices_used_last(large_voice: Conditioning) -> None:
     features = PhoneFeatures(PHONE_PROJECTION.tensors()["projection"])
-    cache = VoiceCache(capacity=2)
+    cache = VoiceCache[PreparedVoice](capacity=2)
+
+    def get(voice: Conditioning, language: str = "en") -> PreparedVoice:
+        return cache.get(voice, language, lambda profile: PreparedVoice.of(profile, features))
+
     variants = [
         replace(large_voice, arrays={**large_voice.arrays, "level": np.array([float(number)])})
         for number in range(3)
     ]
-    first = cache.get(variants[0], features)
-    cache.get(variants[1], features)
+    first = get(variants[0])
+    get(variants[1])
     equal_copy = Conditioning.from_bytes(variants[0].to_bytes())
-    assert cache.get(equal_copy, features) is first
-    cache.get(variants[2], features)
+    assert get(equal_copy) is first
+    get(variants[2])
     assert len(cache) == 2
-    assert cache.get(variants[0], features) is first
+    assert get(variants[0]) is first
+    assert get(variants[0], "es") is not first
 
 
 def test_a_profile_survives_storage(large_voice: Conditioning) -> None:

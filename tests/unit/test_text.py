@@ -73,7 +73,9 @@ def test_clean_normalises_and_drops_what_cannot_be_spoken() -> None:
         ("Guten Morgen, wie geht es dir heute?", ("en", "de"), "de"),
         ("Привет", ("en",), "ru"),
         ("こんにちは", ("en",), "ja"),
-        ("OK 123", ("de", "en"), "en"),
+        ("Hello.", ("en", "it"), "en"),
+        ("Hola", ("en", "es"), "es"),
+        ("OK 123", ("de", "en"), "de"),
         ("Xyzzy plugh", ("en",), "en"),
     ],
 )
