@@ -139,7 +139,7 @@ def _start_ray(address: str) -> None:
                 f"No Ray answers at {address}. Check the address, or pass --address local."
             ) from error
         except Exception as error:
-            # Ray gives its daemons 30 s and raises a bare exception if a busy machine needs longer; its files
+            # Ray raises a bare exception if a busy machine needs longer than its daemons are given; its files
             # are in the page cache by then, so a second start is quicker.
             ray.shutdown()
             if not attempts_left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -95,6 +96,34 @@ def test_serve_enrol_speak_stop(
     assert program.stop() == 0, program.output
     assert "listens on" in program.output
     assert "Traceback" not in program.output
+
+
+def test_stopped_server_finishes_what_it_has_begun(environment: dict[str, str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("engines: {tone: {config: {step_s: 0.2}}}\nlimits: {look_ahead_utterances: 1}\n")
+    port = free_port()
+    program = Program(
+        *(VOICE_CLONE, "serve", "--port", str(port), "--config", config), environment=environment
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_ready(url, program)
+        sample = {"audio_sample": ("me.wav", wav_bytes(noisy_tone(150.0)))}
+        httpx.post(f"{url}/v1/audio/voices", data={"name": "slow"}, files=sample).raise_for_status()
+        # Later sentences need the engine again, long after the signal.
+        body = {"model": "tone", "voice": "slow", "input": "Five words in one sentence. " * 4, "seed": 1}
+        body["response_format"] = "pcm"
+        whole = httpx.post(f"{url}/v1/audio/speech", json=body, timeout=60).content
+        with httpx.stream("POST", f"{url}/v1/audio/speech", json=body, timeout=60) as answer:
+            parts = answer.iter_raw()
+            heard = [next(parts)]
+            program.process.send_signal(signal.SIGTERM)
+            heard.extend(parts)
+        assert b"".join(heard) == whole
+        assert program.process.wait(60) == 0, program.output
+        assert "Traceback" not in program.output
+    finally:
+        program.kill_all()
 
 
 def test_taken_port_is_said_in_one_sentence(environment: dict[str, str]) -> None:

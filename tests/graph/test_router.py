@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
+import httpx
 import numpy as np
+import ray
 
 from serve_app.app import router_handle
 from serve_app.handle import RouterHandle
@@ -109,3 +111,21 @@ def test_nothing_is_left_behind(server: Server) -> None:
         return (held.speeches, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
 
     eventually(idle)
+
+
+def test_metrics_are_exported(server: Server) -> None:
+    asyncio.run(spoken(request("This is counted.")))
+    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def exported() -> bool:
+        names = {
+            line.split("{")[0] for line in httpx.get(url).text.splitlines() if line.startswith("ray_tts")
+        }
+        return {
+            "ray_tts_requests_total",
+            "ray_tts_first_audio_seconds_count",
+            "ray_tts_waiting_utterances",
+        } <= names
+
+    eventually(exported, timeout_s=60)
