@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -107,10 +108,28 @@ class RedisBudget:
         self._own = Books(self._router, lends=False)
         self._away_until_s = float("-inf")
         self._renewing: asyncio.Task[None] | None = None
-        self._giving_back: set[asyncio.Future[None]] = set()
+        self._closed = asyncio.Event()
+        #: What goes on at Redis, kept from being collected as garbage.
+        self._pending: set[asyncio.Task[Any]] = set()
 
     async def take(self, demands: tuple[Demand, ...]) -> Refused | None:
         """Take all of ``demands``, or nothing and say why not."""
+        # The client may swallow a cancellation: it must not reach it, and must be felt here.
+        taking = asyncio.create_task(self._take_or_stand_in(demands))
+        self._pending.add(taking)
+        taking.add_done_callback(self._pending.discard)
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(lambda done: self._undo(done, demands))
+            raise
+
+    def _undo(self, taking: asyncio.Task[Refused | None], demands: tuple[Demand, ...]) -> None:
+        """Give back what was taken for a request that is gone."""
+        if not taking.cancelled() and taking.exception() is None and taking.result() is None:
+            self.give_back(demands)
+
+    async def _take_or_stand_in(self, demands: tuple[Demand, ...]) -> Refused | None:
         slots = [demand for demand in demands if demand.account.counts is Counts.SLOTS]
         rates = [demand for demand in demands if demand.account.counts is not Counts.SLOTS]
         member = str(ULID())
@@ -141,18 +160,18 @@ class RedisBudget:
                 freed.append((demand.account, held.pop()))
                 if not held:
                     del self._slots[demand.account]
-        given = asyncio.ensure_future(self._free(freed))
-        self._giving_back.add(given)
-        given.add_done_callback(self._giving_back.discard)
+        given = asyncio.create_task(self._free(freed))
+        self._pending.add(given)
+        given.add_done_callback(self._pending.discard)
         return given
 
     async def close(self) -> None:
         """Let go of connections and tasks."""
-        await asyncio.gather(*self._giving_back)
+        self._closed.set()
+        while self._pending:
+            await asyncio.wait(self._pending)
         if self._renewing is not None:
-            self._renewing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._renewing
+            await self._renewing
         await self._pool.aclose()
 
     async def _take(self, slots: Sequence[Demand], rates: Sequence[Demand], member: str) -> Refused | None:
@@ -199,8 +218,11 @@ class RedisBudget:
             self._renewing = asyncio.create_task(self._renew())
 
     async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(_RENEW_EVERY_S)
+        # Not ended by cancelling it: the client may swallow that.
+        while not self._closed.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_RENEW_EVERY_S):
+                    await self._closed.wait()
             for account, members in list(self._slots.items()):
                 sent = set(members)
                 with suppress(RedisError, OSError):

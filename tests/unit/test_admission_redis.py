@@ -55,9 +55,9 @@ class Server:
             self._process.wait()
             self._process = None
 
-    def stored(self) -> list[bytes]:
+    def stored(self, pattern: str = "*") -> list[bytes]:
         with redis.Redis(port=self.port) as client:
-            found: list[bytes] = list(client.scan_iter("*"))
+            found: list[bytes] = list(client.scan_iter(pattern))
             return found
 
 
@@ -153,6 +153,39 @@ async def test_slots_are_shared_and_given_back(server: Server) -> None:
         await asyncio.gather(*(budget.give_back(demands) for budget, count in held for _ in range(count)))
     assert not server.stored()
     await close(budgets)
+
+
+async def test_a_request_that_is_cancelled_feels_it_and_holds_nothing(server: Server) -> None:
+    budgets = [RedisBudget(server.url)]
+    both = (*demand(SLOTS, 3), *demand(REQUESTS, 100_000))
+    cancelled = 0
+    for yields in range(120):
+        asking = asyncio.create_task(budgets[0].take(both))
+        for _ in range(yields % 40):
+            await asyncio.sleep(0)
+        if asking.done():
+            await budgets[0].give_back(both)
+            continue
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        cancelled += 1
+    assert cancelled
+    async with asyncio.timeout(20):
+        while server.stored("*concurrent*"):  # noqa: ASYNC110 - another process decides
+            await asyncio.sleep(0.01)
+    assert await let_in(budgets, demand(SLOTS, 3), 10) == 3
+    await close(budgets)
+
+
+async def test_closing_ends_while_slots_are_renewed(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_budget, "_RENEW_EVERY_S", 0.0005)
+    for wait_s in (0.0, 0.001, 0.002, 0.003, 0.005, 0.008):
+        budget = RedisBudget(server.url)
+        assert await budget.take(demand(SLOTS, 100)) is None
+        await asyncio.sleep(wait_s)
+        async with asyncio.timeout(20):
+            await budget.close()
 
 
 async def test_slots_of_a_killed_router_come_back_and_those_of_a_live_one_stay(
