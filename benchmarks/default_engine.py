@@ -29,7 +29,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from benchmarks.judges import dnsmos, second_encoder_embedding, transcribe, word_error_rate
+from benchmarks.judges import dnsmos, second_encoder_embedding, transcribe, word_edits
 from benchmarks.reporting import machine, write_result
 from benchmarks.speakers import SPEAKERS, Clip, Speaker, enrolment_clip, judge_clip
 from engines.contract import Conditioning, Reference, Utterance
@@ -54,7 +54,27 @@ SENTENCES = (
     "Even the worst will beat his low score.",
     "The cement had dried when he moved it.",
     "The loss of the second ship was hard to take.",
+    "We talked of the side show in the circus.",
+    "Use a pencil to write the first draft.",
+    "He ran half way to the hardware store.",
+    "The clock struck to mark the third period.",
+    "A small creek cut across the field.",
+    "Cars and busses stalled in snow drifts.",
+    "The set of china hit the floor with a crash.",
+    "This is a grand season for hikes on the road.",
+    "The dune rose from the edge of the water.",
+    "Those words were the cue for the actor to leave.",
+    "A yacht slid around the point into the bay.",
+    "The two met while playing on the sand.",
+    "The ink stain dried on the finished page.",
+    "The walled town was seized without a fight.",
+    "The lease ran out in sixteen weeks.",
+    "A tame squirrel makes a nice pet.",
 )
+#: Similarity and naturalness settle after this many sentences; only counting words needs all of them.
+SOUND_SENTENCES = 8
+#: Splits of the speakers, best known first (``benchmarks.speakers.Speaker``).
+SPLITS = ("tuned", "held_out", "fresh")
 #: Fifteen words each; one gives the engine a clause to start with, the other does not.
 LATENCY_SENTENCES = (
     "The small brown dog ran over the old stone bridge and then down to the river.",
@@ -160,14 +180,17 @@ class Bench:
             )
             for sentence in self.sentences
         ]
-        speech = np.concatenate(spoken)
+        speech = np.concatenate(spoken[:SOUND_SENTENCES])
         rate_hz = self.engine.card.sample_rate_hz
         return BaseResult(Clip(speech, rate_hz, None), self._word_error_rate(spoken), dnsmos(speech, rate_hz))
 
     def _word_error_rate(self, spoken: Sequence[F32]) -> float:
-        """Over all words of the sentences, not the mean of sentences."""
-        heard = [transcribe(samples, self.engine.card.sample_rate_hz) for samples in spoken]
-        return word_error_rate(" ".join(self.sentences), " ".join(heard))
+        """Over all words of the sentences, each heard by itself."""
+        edits, words = 0, 0
+        for sentence, samples in zip(self.sentences, spoken, strict=True):
+            wrong, said = word_edits(sentence, transcribe(samples, self.engine.card.sample_rate_hz))
+            edits, words = edits + wrong, words + said
+        return edits / words
 
     def _measure(
         self,
@@ -185,7 +208,7 @@ class Bench:
         self.voices[speaker.name] = voice = self.engine.refine_voice(reference, quick)
         refined_s = time.process_time()
         spoken = [self.speak(sentence, voice) for sentence in self.sentences]
-        speech = Clip(np.concatenate(spoken), self.engine.card.sample_rate_hz, None)
+        speech = Clip(np.concatenate(spoken[:SOUND_SENTENCES]), self.engine.card.sample_rate_hz, None)
         f0_hz = track_f0(enrolled.samples, enrolled.sample_rate_hz)
         return SpeakerResult(
             name=speaker.name,
@@ -283,7 +306,7 @@ def _first_audio_ms(bench: Bench, sentence: str, voice: Conditioning) -> float:
 def summary(base: BaseResult, results: Sequence[SpeakerResult], speed: dict[str, float]) -> dict[str, float]:
     """The named figures of the last line."""
     figures = _means(results, base, "")
-    for split in ("tuned", "held_out"):
+    for split in SPLITS:
         members = [result for result in results if result.split == split]
         if members:
             figures |= _means(members, base, f"_{split}")
@@ -311,10 +334,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _spread(speakers: Sequence[Speaker], count: int) -> list[Speaker]:
-    """``count`` speakers, of both splits if there are two."""
-    by_split = [
-        [speaker for speaker in speakers if speaker.split == split] for split in ("tuned", "held_out")
-    ]
+    """``count`` speakers, of all splits in turn."""
+    by_split = [[speaker for speaker in speakers if speaker.split == split] for split in SPLITS]
     mixed = [speaker for pair in zip_longest(*by_split) for speaker in pair if speaker is not None]
     return mixed[:count]
 

@@ -82,15 +82,16 @@ class Speaker:
     """One voice, with two clips that share no audio.
 
     `person` is equal for two entries that are one human in two languages. `split` is "tuned" when the
-    engine's constants were chosen while looking at this voice, "held_out" when they were not. Where a package
-    does not name the speaker, `sex` is judged from pitch and formants.
+    engine's constants were chosen while looking at this voice, "held_out" when they were not, and "fresh"
+    when the voice was not even in this table while the method was made. Where a package does not name the
+    speaker, `sex` is judged from pitch and formants.
     """
 
     name: str
     person: str
     language: str
     sex: Literal["female", "male"]
-    split: Literal["tuned", "held_out"]
+    split: Literal["tuned", "held_out", "fresh"]
     licence: str
     source: str
     package: Package
