@@ -27,14 +27,17 @@ from tests.cluster.load import Load
 from tests.cluster.test_command_line import wait_ready
 from tests.speech import noisy_tone, wav_bytes
 
+pytestmark = pytest.mark.timeout(900)
+
 MODES = {
     "default": {},
     "throughput": {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"},
 }
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "engines": {
         "tone": {
-            "config": {"slots": 4, "step_s": 0.02},
+            # Slow enough that clients wait for the engine and not for this machine's cores.
+            "config": {"slots": 4, "step_s": 0.1},
             "replicas": {"num_cpus": 1, "min_replicas": 3, "max_replicas": 3},
             "batching": {"chunk_timeout_s": 5},
         }
@@ -263,7 +266,7 @@ def test_rolling_update_loses_nothing(nodes: Nodes, load: Load) -> None:
     before = {process.pid for process in nodes.replicas("engine-tone")}
     application = nodes.application
     with load.running():
-        application["args"]["limits"] = {"max_input_chars": 4000}
+        application["args"]["limits"] = {**SETTINGS["limits"], "max_input_chars": 4000}
         nodes.deploy()
         load.wait_for(16)
     assert set(load.outcomes) == {"whole"}, f"{load.outcomes} {load.refusals}"
