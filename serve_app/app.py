@@ -12,7 +12,7 @@ from engines.registry import engine_class
 from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
-from serve_app.router.budget_actor import budget_actor
+from serve_app.router.limits.budget_actor import budget_actor
 from serve_app.router.router import Router
 
 #: Name of the Serve application and of the router in it: what a notebook connects to.

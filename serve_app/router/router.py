@@ -48,11 +48,11 @@ from serve_app.protocol import (
     UtteranceCall,
 )
 from serve_app.router import text as texts
-from serve_app.router.admission import Admission
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
 from serve_app.router.fair_queue import Tier
+from serve_app.router.limits.admission import Admission
 from serve_app.router.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener

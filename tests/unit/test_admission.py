@@ -18,9 +18,9 @@ from serve_app.config import ApiKey, LimitSettings
 from serve_app.errors import InputTooLong, Overloaded, RateLimited, TooManyAtOnce, VoiceCloneError
 from serve_app.ingress.problems import install_error_handlers
 from serve_app.protocol import UNKNOWN_ADDRESS, Caller
-from serve_app.router import budget
-from serve_app.router.admission import Admission
-from serve_app.router.budget import (
+from serve_app.router.limits import budget
+from serve_app.router.limits.admission import Admission
+from serve_app.router.limits.budget import (
     LEASE_S,
     ROUTER_LOST_S,
     WINDOW_S,
@@ -38,8 +38,8 @@ from serve_app.router.budget import (
     Spent,
     Statement,
 )
-from serve_app.router.leases import BooksAway, LeasedBudget, SharedBooks
-from serve_app.router.purse import STATE_EVERY_S, Purse
+from serve_app.router.limits.leases import BooksAway, LeasedBudget, SharedBooks
+from serve_app.router.limits.purse import STATE_EVERY_S, Purse
 
 REQUESTS = Account(Counts.REQUESTS, Scope.IP, "10.0.0.1")
 SLOTS = Account(Counts.SLOTS, Scope.IP, "10.0.0.1")

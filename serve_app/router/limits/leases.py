@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from serve_app.router.budget import (
+from serve_app.router.limits.budget import (
     Answer,
     Ask,
     Books,
@@ -22,7 +22,7 @@ from serve_app.router.budget import (
     Spent,
     Statement,
 )
-from serve_app.router.purse import Purse
+from serve_app.router.limits.purse import Purse
 
 logger = logging.getLogger("ray.serve")
 
