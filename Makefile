@@ -27,6 +27,7 @@ check: setup  ## Format, lint, types and layers
 bench: setup  ## Every benchmark in its quick form
 	$(BIN)/python benchmarks/default_engine.py --quick
 	$(BIN)/python benchmarks/graph_overhead.py --quick
+	$(BIN)/python benchmarks/router.py --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py

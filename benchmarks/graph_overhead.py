@@ -37,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Final, NoReturn
@@ -262,6 +263,7 @@ class Bench:
     def __init__(self, servers: Sequence[Server], audio_bytes: int) -> None:
         self._servers = servers
         self._audio_bytes = audio_bytes
+        self._seeds = count(SEED)
         self._voices = {server.name: self._enrol(server) for server in servers}
         self.timings: dict[tuple[str, str], list[Timing]] = defaultdict(list)
 
@@ -302,7 +304,8 @@ class Bench:
                 "voice": self._voices[server.name],
                 "input": SENTENCE,
                 "response_format": "pcm",
-                "seed": SEED,
+                # Equal requests at the same time would share one recording.
+                "seed": next(self._seeds),
             }
         )
         started_s = time.perf_counter()
