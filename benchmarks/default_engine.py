@@ -13,7 +13,8 @@ two clips of a speaker mostly share it: part of every similarity is that.
 Constants of the engine were chosen on speakers of the split "tuned" with other sentences than these. But
 results of held-out speakers have been looked at in full runs before: the first made the limits on gains and
 pitch (docs/mosaic.md) necessary, the second led to the present method, whose constants were then chosen on
-tuned speakers only. "Held out" means: no constant was fitted to them, not: never seen.
+tuned speakers only. "Held out" means: no constant was fitted to them, not: never seen. "Fresh" speakers came
+after the method and have had no part in anything.
 """
 
 from __future__ import annotations
