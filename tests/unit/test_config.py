@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from serve_app.app import build_app
 from serve_app.config import ConfigError, Settings, load_settings, reference
@@ -123,3 +124,35 @@ def test_defaults_of_limits_stay_where_one_is_set(monkeypatch: pytest.MonkeyPatc
 
 def test_documentation_is_what_the_command_prints() -> None:
     assert reference() in (ROOT / "docs" / "configuration.md").read_text()
+
+
+def test_user_config_changes_what_it_names_and_nothing_else() -> None:
+    settings = Settings.model_validate({"limits": {"max_input_chars": 7, "look_ahead_s": 3}})
+    changed = settings.reconfigured(
+        {"limits": {"max_input_chars": 9}, "batching": {"mosaic": {"max_rows": 2}}}
+    )
+    assert (changed.limits.max_input_chars, changed.limits.look_ahead_s) == (9, 3)
+    assert changed.engines["mosaic"].batching.max_rows == 2
+    assert settings.limits.max_input_chars == 7
+    assert settings.reconfigured({}) == settings
+
+
+@pytest.mark.parametrize(
+    ("user_config", "named"),
+    [
+        ({"limit": {}}, "limit"),
+        ({"limits": {"max_input_char": 1}}, "max_input_char"),
+        ({"limits": {"max_input_chars": 0}}, "max_input_chars"),
+        ({"batching": {"nope": {}}}, "batching.nope"),
+        ({"batching": {"mosaic": {"rows": 1}}}, "rows"),
+    ],
+)
+def test_mistake_in_user_config_is_named(user_config: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match="user_config") as caught:
+        Settings().reconfigured(user_config)
+    assert named in str(caught.value)
+
+
+def test_fallback_has_to_be_served() -> None:
+    with pytest.raises(ValidationError, match=r"engines\.mosaic\.fallback"):
+        Settings.model_validate({"engines": {"mosaic": {"fallback": ["nope"]}}})
