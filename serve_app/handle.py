@@ -75,7 +75,7 @@ class RouterHandle:
             stream.cancel()  # type: ignore[no-untyped-call]
 
     async def drain(self, timeout_s: float) -> int:
-        """Let no router take a new speech, and wait for the running ones; the answer is how many are left."""
+        """Let no router take a new request, and wait for the running ones; says how many are left."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             try:

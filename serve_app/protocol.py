@@ -44,6 +44,11 @@ class Caller:
         """The one name fair shares go by: the key's, else the address."""
         return f"key:{self.key}" if self.key else f"ip:{self.address}"
 
+    @property
+    def kind(self) -> str:
+        """What metrics count it as: "key" or "ip"."""
+        return "key" if self.key else "ip"
+
 
 @dataclass(frozen=True, slots=True)
 class SpeechRequest:
@@ -168,8 +173,8 @@ class RouterActivity:
     """What one router holds now."""
 
     process_id: int
-    #: Requests in the router, waiting ones included.
-    speeches: int
+    #: Speeches and enrolments in the router, waiting ones included.
+    requests: int
     #: Utterances in queues, and on replicas.
     waiting: int
     speaking: int

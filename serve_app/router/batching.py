@@ -192,12 +192,12 @@ class EngineQueue:
         if self._queue.remove(row):
             self._unqueued(row)
             return
-        if row.ended or row not in self._sent:
+        if row not in self._sent:
             return
         batch, index = self._sent[row]
         if all(batch.rows[other].left for other in batch.open):
             batch.task.cancel()
-        elif index in batch.open:
+        else:
             self._spawn(self._abandon(batch.ids[index]))
 
     async def _abandon(self, call_id: str) -> None:
@@ -215,11 +215,15 @@ class EngineQueue:
 
     def _top_up(self) -> None:
         """Have as many slots asked for as the waiting rows can fill."""
-        if not self._queue:
+        waiting = len(self._queue)
+        if self._looking_elsewhere:
+            # The free slot is on the replica these rows must not go back to: it would be taken in vain.
+            waiting = sum(row.avoid is None for row in self._queue)
+        if not waiting:
             return
         now_s = time.monotonic()
         overdue = sum(since_s < now_s - _HEDGE_AFTER_S for since_s in self._reserving.values())
-        wanted = min(ceil(len(self._queue) / self.limits.max_rows) + overdue, _MAX_RESERVING)
+        wanted = min(ceil(waiting / self.limits.max_rows) + overdue, _MAX_RESERVING)
         while len(self._reserving) < wanted:
             task = self._spawn(self._serve_batch())
             self._reserving[task] = now_s

@@ -8,8 +8,8 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -110,7 +110,7 @@ class Router:
         self._queues: dict[str, EngineQueue] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._playing: dict[str, Playback] = {}
-        self._speaking = 0
+        self._running = 0
         self._draining = False
         self._spoken = SpokenUtterances(settings.cache.max_mb << 20, self._metrics)
         self._seeds = SeedsInUse(lambda: secrets.randbelow(_SEED_LIMIT))
@@ -147,29 +147,36 @@ class Router:
 
         In lists, because each item of a stream between deployments costs a millisecond or more.
         """
-        client = "key" if request.caller.key else "ip"
-        self._speaking += 1
+        asked_s = time.monotonic()
+        client = request.caller.kind
         try:
-            if self._draining:
-                raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
-            self._check_length(request.text)
-            async with (
-                self._admission.admit(request.caller, len(request.text)),
-                aclosing(self._speak(request)) as events,
-            ):
-                async for event in events:
-                    yield event
+            with self._accepted():
+                self._check_length(request.text)
+                async with (
+                    self._admission.admit(request.caller, len(request.text)),
+                    aclosing(self._speak(request, asked_s)) as events,
+                ):
+                    async for event in events:
+                        yield event
         except VoiceCloneError as error:
             self._metrics.count(REFUSALS, client=client, code=error.code)
             yield [Failure(error)]
         except Exception as error:  # noqa: BLE001 - a defect: logged, and answered without its details
             self._metrics.count(REFUSALS, client=client, code=InternalError.code)
             yield [Failure(_defect("speak", error))]
-        finally:
-            self._speaking -= 1
 
-    async def _speak(self, request: SpeechRequest) -> AsyncGenerator[list[SpeechEvent], None]:
-        asked_s = time.monotonic()
+    @contextmanager
+    def _accepted(self) -> Iterator[None]:
+        """Count a request as running. Raises ``ShuttingDown`` once no more are taken."""
+        if self._draining:
+            raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    async def _speak(self, request: SpeechRequest, asked_s: float) -> AsyncGenerator[list[SpeechEvent], None]:
         first = self._engine_name(request.model)
         text = texts.clean(request.text)
         failure: VoiceCloneError | None = None
@@ -204,7 +211,7 @@ class Router:
     ) -> AsyncGenerator[list[SpeechEvent], None]:
         """Speak ``text`` with one engine."""
         limits = self._settings.limits
-        client = "key" if request.caller.key else "ip"
+        client = request.caller.kind
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
@@ -303,15 +310,15 @@ class Router:
             playback.heard(samples)
 
     async def drain(self) -> int:
-        """Take no new speech from now on; the answer is how many still run."""
+        """Take no new speech or enrolment from now on; the answer is how many still run."""
         self._draining = True
-        return self._speaking
+        return self._running
 
     async def activity(self) -> RouterActivity:
         """What this router holds now: all zero when nothing runs."""
         return RouterActivity(
             process_id=os.getpid(),
-            speeches=self._speaking,
+            requests=self._running,
             waiting=sum(queue.waiting for queue in self._queues.values()),
             speaking=sum(queue.speaking for queue in self._queues.values()),
             recordings=self._spoken.making,
@@ -321,8 +328,9 @@ class Router:
     @answers
     async def enrol(self, request: EnrolRequest) -> Voice:
         """Check a recording, compute its conditioning, and only then make it a voice."""
-        async with self._admission.admit(request.caller, characters=0):
-            return await self._enrol(request)
+        with self._accepted():
+            async with self._admission.admit(request.caller, characters=0):
+                return await self._enrol(request)
 
     async def _enrol(self, request: EnrolRequest) -> Voice:
         settings = self._settings.voices

@@ -25,6 +25,8 @@ class Recording:
         self.pieces: list[Samples] = []
         self.ended = False
         self.error: VoiceCloneError | None = None
+        #: Samples so far.
+        self.received = 0
         self._listeners = 0
         self._news: set[asyncio.Event] = set()
         self._when_done: list[Callable[[], None]] = []
@@ -50,6 +52,7 @@ class Recording:
     def add(self, samples: Samples) -> None:
         """The next samples, [n] float32."""
         self.pieces.append(samples)
+        self.received += len(samples)
         self._wake()
 
     def end(self, error: VoiceCloneError | None = None) -> None:
@@ -83,12 +86,13 @@ class Listener:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._next = 0
+        self._heard = 0
         self._left = False
 
     @property
     def unheard(self) -> int:
         """Samples that wait to be read."""
-        return sum(len(piece) for piece in self._recording.pieces[self._next :])
+        return self._recording.received - self._heard
 
     async def __aiter__(self) -> AsyncGenerator[Samples, None]:
         """Samples as they come, all there are in one piece. Raises what the recording ended with."""
@@ -101,6 +105,7 @@ class Listener:
                 pieces = recording.pieces[self._next :]
                 if pieces:
                     self._next += len(pieces)
+                    self._heard += sum(map(len, pieces))
                     yield pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
                 elif recording.error is not None:
                     raise recording.error
@@ -133,8 +138,6 @@ class Row(Recording):
     avoid: str | None = None
     #: True after the engine ran out of memory: the next try is a batch of its own.
     alone: bool = False
-    #: Samples delivered by all tries together.
-    received: int = 0
     _skip: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
@@ -150,7 +153,6 @@ class Row(Recording):
         fresh = samples[self._skip :]
         self._skip -= len(samples) - len(fresh)
         if len(fresh):
-            self.received += len(fresh)
             self.add(fresh)
 
     def restart(self, failed_on: str | None) -> None:

@@ -81,6 +81,6 @@ def test_bad_request_is_no_reason_to_fall_back(server: Server) -> None:
 def test_nothing_is_left_behind(server: Server) -> None:
     def idle() -> bool:
         held = router_activity()
-        return (held.speeches, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
+        return (held.requests, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
 
     eventually(idle)

@@ -108,7 +108,7 @@ def test_equal_requests_are_spoken_once(server: Server) -> None:
 def test_nothing_is_left_behind(server: Server) -> None:
     def idle() -> bool:
         held = router_activity()
-        return (held.speeches, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
+        return (held.requests, held.waiting, held.speaking, held.recordings, held.readers) == (0,) * 5
 
     eventually(idle)
 

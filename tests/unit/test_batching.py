@@ -300,6 +300,31 @@ async def test_the_only_replica_is_not_asked_twice(queue: EngineQueue, fake: Fak
     assert fake.used == ["r0"]
 
 
+async def test_replica_that_failed_is_not_asked_again_and_again(
+    queue: EngineQueue, fake: FakeDispatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slot is free all the time, and of no use to the row that waits for another replica."""
+    monkeypatch.setattr("serve_app.router.batching._ELSEWHERE_INTERVAL_S", 0.2)
+    fake.running = frozenset(("r0", "still starting"))
+    slot, asked = fake.slot, 0
+
+    @asynccontextmanager
+    async def counted() -> AsyncIterator[Slot]:
+        nonlocal asked
+        asked += 1
+        async with slot() as free:
+            yield free
+
+    monkeypatch.setattr(fake, "slot", counted)
+    listener = submit(queue, "bad on r0")
+    for _ in range(200):
+        await asyncio.sleep(0)
+    # One for the first try, one that finds only the same replica, at most one more on the way out.
+    assert asked <= 3
+    fake.free.put_nowait("r1")
+    np.testing.assert_array_equal(await samples(listener), whole("b"))
+
+
 async def test_lost_row_goes_before_new_ones(queue: EngineQueue, fake: FakeDispatch) -> None:
     queue.limits = limits(max_rows=1)
     died = False
