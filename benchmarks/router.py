@@ -38,10 +38,10 @@ from engines.contract import Conditioning, Samples
 from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
-from serve_app.protocol import AudioFrame, EnrolRequest, RowAudio, SpeechRequest, UtteranceCall
+from serve_app.protocol import AudioFrame, EnrolRequest, BatchTerms, RowAudio, SpeechRequest, UtteranceCall
 from serve_app.router.batching import EngineQueue, QueueLimits
-from serve_app.router.dispatch import EngineDispatch, Slot
-from serve_app.router.metrics import Metrics
+from serve_app.router.dispatch import EngineDispatch, Slot, rows_per_call
+from serve_app.metrics import Metrics
 from serve_app.router.rows import Row
 from tests.speech import noisy_tone, wav_bytes
 
@@ -66,9 +66,11 @@ class InstantReplica(EngineDispatch):
     async def slot(self) -> AsyncIterator[Slot]:
         """The only one."""
         async with self._free:
-            yield Slot("replica", self._answer)
+            yield Slot(self._answer, "replica")
 
-    async def _answer(self, batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
+    async def _answer(
+        self, batch: list[UtteranceCall], terms: BatchTerms, avoid: str | None
+    ) -> AsyncGenerator[list[RowAudio], None]:
         sound = np.full(240, 0.1, np.float32)
         yield [RowAudio(row, sound, last=True) for row in range(len(batch))]
 
@@ -76,6 +78,7 @@ class InstantReplica(EngineDispatch):
 async def queue_cost_us(waiting: int) -> float:
     """CPU time of one request in microseconds if ``waiting`` are submitted at once."""
     limits = QueueLimits(
+        rows_per_call=rows_per_call(SLOTS),
         max_rows=SLOTS,
         max_chars=None,
         max_waiting=waiting,

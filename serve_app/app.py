@@ -12,6 +12,7 @@ from engines.registry import engine_class
 from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
+from serve_app.router.dispatch import calls_per_replica
 from serve_app.router.limits.budget_actor import budget_actor
 from serve_app.router.router import Router
 
@@ -56,19 +57,21 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
 
 def _engine(name: str, settings: EngineSettings) -> serve.Application:
     kind = engine_class(settings.engine or name)
-    # One batch more than the engine runs may wait inside a replica: it starts without a trip to the router.
-    max_batches = kind.concurrent_batches + 1
+    # The next batch waits inside the replica: it starts without a trip to the router.
+    max_calls = calls_per_replica(kind.Config.model_validate(settings.config).slots, kind.concurrent_batches)
     # Serve's default backoff grows to 0.5 s: a freed slot would stay empty that long.
     backoff = {"initial_backoff_s": 0.02, "max_backoff_s": 0.03}
     deployment = _deployment(
         EngineReplica,
         name=f"engine-{name}",
-        max_ongoing_requests=max_batches,
+        max_ongoing_requests=max_calls,
         logging_config=_NO_ACCESS_LOG,
         request_router_config=RequestRouterConfig.model_validate(backoff),
-        **_scale(settings.replicas, busy_requests=max_batches, runtime_env=settings.runtime_env),
+        **_scale(settings.replicas, busy_requests=max_calls, runtime_env=settings.runtime_env),
     )
-    return deployment.bind(settings.engine or name, settings.config, settings.batching.chunk_timeout_s)
+    return deployment.bind(
+        settings.engine or name, settings.config, settings.batching.chunk_timeout_s, served_as=name
+    )
 
 
 def _scale(

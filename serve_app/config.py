@@ -55,8 +55,13 @@ class Replicas(_Section):
 
 
 class BatchSettings(_Section):
-    """How utterances are sent to an engine's replicas. Changes live through ``user_config``."""
+    """How utterances are sent to an engine's replicas. ``user_config`` changes all but ``form_in`` live."""
 
+    form_in: Literal["router", "replica"] = Field(
+        default="router",
+        description="Where utterances wait for an engine: in the router, which reserves a place and then "
+        "takes what is next, or in the replicas, without reservations and first come, first served.",
+    )
     max_rows: int | None = Field(
         default=None, ge=1, le=1024, description="Utterances of one batch; the engine's slots if left out."
     )
@@ -301,6 +306,11 @@ class Settings(BaseSettings):
             changes = UserConfig.model_validate(user_config)
             if unknown := sorted(set(changes.batching) - set(self.engines)):
                 raise ConfigError(f"user_config: 'batching.{unknown[0]}': no such engine is served.")
+            if fixed := [name for name, batching in changes.batching.items() if "form_in" in batching]:
+                raise ConfigError(
+                    f"user_config: 'batching.{fixed[0]}.form_in' cannot change while the server runs. "
+                    "Set it in 'engines' and deploy again."
+                )
             limits = LimitSettings.model_validate({**self.limits.model_dump(), **changes.limits})
             engines = {
                 name: engine.model_copy(

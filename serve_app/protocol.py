@@ -137,6 +137,17 @@ class UtteranceCall:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchTerms:
+    """What a replica may make one batch of: rows with equal terms, and of those so many."""
+
+    #: What must be equal in one batch, as the engine's card says.
+    group: tuple[object, ...]
+    max_rows: int
+    #: Characters of one batch; None is unbounded. A single row always fits.
+    max_chars: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class RowAudio:
     """Samples of one row of a batch on their way back; ``error`` ends the row."""
 

@@ -30,7 +30,9 @@ from engines.contract import (
     Utterance,
 )
 from engines.registry import engine_class
-from serve_app.protocol import EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
+from serve_app.metrics import BATCH_ROWS, Metrics
+from serve_app.protocol import BatchTerms, EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
+from serve_app.row_batcher import RowBatcher
 from serve_app.soundness import SoundCheck
 
 logger = logging.getLogger("ray.serve")
@@ -50,13 +52,21 @@ T = TypeVar("T")
 class EngineReplica:
     """One loaded engine, its slots, and the rows it works on."""
 
-    def __init__(self, engine_name: str, engine_config: dict[str, Any], step_timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        engine_name: str,
+        engine_config: dict[str, Any],
+        step_timeout_s: float = 30.0,
+        served_as: str | None = None,
+    ) -> None:
         kind = engine_class(engine_name)
         self._engine: Engine = kind(kind.Config.model_validate(engine_config))
         # Serve runs this constructor in a thread of its own: loading blocks no event loop.
         self._engine.load()
         self._step_timeout_s = step_timeout_s
-        self._free = asyncio.Semaphore(kind.concurrent_batches)
+        self._served_as = served_as or engine_name
+        self._metrics = Metrics()
+        self._batcher = RowBatcher(self._speak, kind.concurrent_batches)
         self._rows: dict[str, Abandon] = {}
         self._running: dict[int, float] = {}
         self._proven: Utterance | None = None
@@ -74,10 +84,13 @@ class EngineReplica:
         engine = self._engine
         return EngineFacts(engine.card, engine.languages, engine.config.slots, engine.weights_fingerprint)
 
-    async def synthesize(self, batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
-        """Speak a batch; each answer is the list of chunks that were ready. Closing it stops the engine.
+    async def synthesize(
+        self, calls: list[UtteranceCall], terms: BatchTerms
+    ) -> AsyncGenerator[list[RowAudio], None]:
+        """Speak ``calls``; each answer is the list of chunks that were ready. Closing it stops their rows.
 
-        While the batch waits for its turn, empty answers say that it does not wait in vain.
+        Rows of several calls may be one batch. While some only wait for their turn, and the engine makes
+        progress, empty answers say that they do not wait in vain.
         """
         utterances = [
             Utterance(
@@ -88,39 +101,37 @@ class EngineReplica:
                 speed=call.speed,
                 options=call.options,
             )
-            for call in batch
+            for call in calls
         ]
-        for call, utterance in zip(batch, utterances, strict=True):
+        for call, utterance in zip(calls, utterances, strict=True):
             self._rows[call.call_id] = utterance.abandoned
         try:
-            async with aclosing(self._turn()) as waiting:
-                async for _ in waiting:
-                    yield []
-            try:
-                async with aclosing(self._speak(utterances)) as answers:
-                    async for answer in answers:
+            async with aclosing(self._batcher.answers(utterances, terms, _BEAT_S)) as answers:
+                async for answer in answers:
+                    if answer or not self._stuck(self._step_timeout_s):
                         yield answer
-            finally:
-                self._free.release()
         finally:
-            for call in batch:
+            for call in calls:
                 self._rows.pop(call.call_id, None)
 
-    async def _turn(self) -> AsyncGenerator[None, None]:
-        """Take a place in the engine; yields every now and then while the engine makes progress."""
-        while True:
-            try:
-                async with asyncio.timeout(_BEAT_S):
-                    await self._free.acquire()
-            except TimeoutError:
-                if not self._stuck(self._step_timeout_s):
-                    yield
-            else:
-                return
+    async def accept(
+        self, calls: list[UtteranceCall], terms: BatchTerms, avoid: str | None
+    ) -> AsyncGenerator[str | list[RowAudio], None]:
+        """As ``synthesize`` for a router that has reserved nothing: the first answer says who speaks.
+
+        It is the only one if that is the replica to ``avoid``.
+        """
+        name = await self.identify()
+        yield name
+        if name != avoid:
+            async with aclosing(self.synthesize(calls, terms)) as answers:
+                async for answer in answers:
+                    yield answer
 
     async def _speak(self, utterances: list[Utterance]) -> AsyncGenerator[list[RowAudio], None]:
         """The checked chunks of a batch. Rows that fail end with their error, the others go on."""
         stream = ThreadStream(lambda: self._engine.synthesize(utterances), self._threads, MAX_CHUNKS_AHEAD)
+        self._metrics.observe(BATCH_ROWS, len(utterances), engine=self._served_as)
         self._batches += 1
         self._largest_batch = max(self._largest_batch, len(utterances))
         self._running[id(stream)] = time.monotonic()
@@ -188,11 +199,11 @@ class EngineReplica:
         """
         if self._stuck(_STUCK_AFTER_TIMEOUTS * self._step_timeout_s):
             raise RuntimeError("The engine has not returned from a step.")
-        if self._failures < _SUSPICIOUS_FAILURES or self._free.locked():
+        if self._failures < _SUSPICIOUS_FAILURES or self._batcher.turns.locked():
             return
         if self._proven is None:
             raise RuntimeError(f"The engine has failed {self._failures} times and never spoken.")
-        async with self._free:
+        async with self._batcher.turns:
             self._failures = 0
             async with aclosing(self._speak([replace(self._proven, abandoned=Abandon())])) as answers:
                 rows = [audio async for answer in answers for audio in answer]
@@ -203,7 +214,7 @@ class EngineReplica:
         """What this replica does and has done."""
         return ReplicaActivity(
             process_id=os.getpid(),
-            rows_open=len(self._rows),
+            rows_open=self._batcher.rows,
             batches=self._batches,
             largest_batch=self._largest_batch,
             chunks=self._chunks,

@@ -1,8 +1,9 @@
-"""Dynamic batching, slot first: reserve a replica, then take what waits, then send it as one batch.
+"""Dynamic batching, slot first: reserve a place on a replica, then take what is next, then send it.
 
-At low load an utterance leaves at once and alone; under load it waits for a slot and leaves together with
-everything that waited beside it and fits. No time is ever spent waiting for a batch to fill. Which rows are
-next is ``FairQueue``'s decision, taken as late as possible: with the slot in hand.
+At low load an utterance leaves at once and alone; under load it waits for a slot. A replica has as many as
+its engine can work on and those of the next batch, and makes one batch of what has come when the engine is
+free. No time is ever spent waiting for a batch to fill. Which rows are next is ``FairQueue``'s decision,
+taken as late as possible: with the slot in hand.
 
 A row whose replica dies, falls silent or fails is spoken again by another replica; what its listeners have
 heard already is skipped, and the seed makes the rest continue exactly there.
@@ -31,10 +32,10 @@ from serve_app.errors import (
     VoiceCloneError,
     from_engine,
 )
-from serve_app.protocol import RowAudio, UtteranceCall
-from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, Slot
+from serve_app.metrics import QUEUE_WAIT, REAL_TIME_FACTOR, RETRIES, WAITING, Metrics
+from serve_app.protocol import BatchTerms, RowAudio, UtteranceCall
+from serve_app.router.dispatch import REPLICA_LOST, Declined, EngineDispatch, Slot
 from serve_app.router.fair_queue import FairQueue, Tier
-from serve_app.router.metrics import BATCH_ROWS, QUEUE_WAIT, REAL_TIME_FACTOR, RETRIES, WAITING, Metrics
 from serve_app.router.rows import Row
 
 logger = logging.getLogger("ray.serve")
@@ -56,7 +57,9 @@ _RETRY_AFTER_S = (1.0, 60.0)
 class QueueLimits:
     """What bounds a queue and its batches. May change at any time and holds for the next decision."""
 
-    #: Utterances of one batch; the engine's slots.
+    #: Utterances sent to a replica at once.
+    rows_per_call: int
+    #: Utterances of one batch, which a replica makes of one or several calls.
     max_rows: int
     #: Characters of one batch; None is unbounded. A single row always fits.
     max_chars: int | None
@@ -65,22 +68,22 @@ class QueueLimits:
     #: Longest wait of a first utterance, and of one that has to be spoken again.
     max_wait_s: float
     max_redo_wait_s: float
-    #: Longest silence of a replica that works on a batch.
+    #: Longest silence of a replica that works on rows.
     chunk_timeout_s: float
 
 
 @dataclass(slots=True, eq=False)
-class _Batch:
+class _Call:
     rows: list[Row]
     ids: list[str]
-    replica: str
+    slot: Slot
     task: asyncio.Task[None]
     sent_at_s: float
     open: set[int]
 
 
 class EngineQueue:
-    """The utterances of all requests that wait for one engine, and the batches in flight."""
+    """The utterances of all requests that wait for one engine, and the calls in flight."""
 
     def __init__(
         self, name: str, dispatch: EngineDispatch, limits: QueueLimits, metrics: Metrics, sample_rate_hz: int
@@ -94,7 +97,7 @@ class EngineQueue:
         self._queued_at_s: dict[Row, float] = {}
         self._deadlines: dict[Row, asyncio.TimerHandle] = {}
         self._failures: dict[Row, VoiceCloneError] = {}
-        self._sent: dict[Row, tuple[_Batch, int]] = {}
+        self._sent: dict[Row, tuple[_Call, int]] = {}
         self._reserving: dict[asyncio.Task[None], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended_at_s: deque[float] = deque(maxlen=_RATE_ROWS)
@@ -152,6 +155,11 @@ class EngineQueue:
         per_row_s = span_s / (len(self._ended_at_s) - 1)
         return min(max(per_row_s * len(self._queue), least_s), most_s)
 
+    def _no_engine_free(self, waited_s: float) -> QueueTimeout:
+        return QueueTimeout(
+            f"No engine was free within {waited_s:g} s. Try again later.", retry_after_s=self.retry_after_s()
+        )
+
     def end_all(self, error: VoiceCloneError) -> None:
         """End every row that waits."""
         for row in list(self._queue):
@@ -169,9 +177,7 @@ class EngineQueue:
         self._metrics.level(WAITING, len(self._queue), engine=self._name)
 
     def _set_deadline(self, row: Row, wait_s: float) -> None:
-        error = self._failures.get(row) or QueueTimeout(
-            f"No engine was free within {wait_s:g} s. Try again later.", retry_after_s=self.retry_after_s()
-        )
+        error = self._failures.get(row) or self._no_engine_free(wait_s)
         self._deadlines[row] = asyncio.get_running_loop().call_later(wait_s, self._drop, row, error)
 
     def _unqueued(self, row: Row) -> None:
@@ -194,11 +200,11 @@ class EngineQueue:
             return
         if row not in self._sent:
             return
-        batch, index = self._sent[row]
-        if all(batch.rows[other].left for other in batch.open):
-            batch.task.cancel()
+        sent, index = self._sent[row]
+        if all(sent.rows[other].left for other in sent.open):
+            sent.task.cancel()
         else:
-            self._spawn(self._abandon(batch.ids[index]))
+            self._spawn(self._abandon(sent.ids[index]))
 
     async def _abandon(self, call_id: str) -> None:
         try:
@@ -223,9 +229,9 @@ class EngineQueue:
             return
         now_s = time.monotonic()
         overdue = sum(since_s < now_s - _HEDGE_AFTER_S for since_s in self._reserving.values())
-        wanted = min(ceil(waiting / self.limits.max_rows) + overdue, _MAX_RESERVING)
+        wanted = min(ceil(waiting / self.limits.rows_per_call) + overdue, _MAX_RESERVING)
         while len(self._reserving) < wanted:
-            task = self._spawn(self._serve_batch())
+            task = self._spawn(self._use_slot())
             self._reserving[task] = now_s
         if self._hedge is None:
             self._hedge = asyncio.get_running_loop().call_later(_HEDGE_AFTER_S, self._look_again)
@@ -234,7 +240,7 @@ class EngineQueue:
         self._hedge = None
         self._top_up()
 
-    async def _serve_batch(self) -> None:
+    async def _use_slot(self) -> None:
         """Hold one slot from before the rows are chosen until they are spoken."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - only called from a task
@@ -257,20 +263,23 @@ class EngineQueue:
             self._reserving.pop(task, None)
             self._top_up()
 
-    def _take(self, replica: str) -> list[Row]:
-        """The rows of the next batch: the fairest one, then those that go with it."""
-        first = self._queue.take(lambda row: row.avoid != replica)
+    def _take(self, replica: str | None) -> list[Row]:
+        """The rows of the next call: the fairest one, then those that go with it.
+
+        Nothing that must not go to ``replica``; if that is None, it is not known where the rows will go.
+        """
+        first = self._queue.take(lambda row: row.avoid is None or row.avoid != replica)
         if first is None:
             return []
         rows = [first]
         limits = self.limits
 
         def joins(row: Row) -> bool:
-            if row.avoid == replica or row.alone or row.group != first.group:
+            if row.avoid != first.avoid or row.alone or row.group != first.group:
                 return False
             return limits.max_chars is None or sum(r.cost for r in rows) + row.cost <= limits.max_chars
 
-        while len(rows) < limits.max_rows and not first.alone:
+        while len(rows) < min(limits.rows_per_call, limits.max_rows) and not first.alone:
             row = self._queue.take(joins)
             if row is None:
                 break
@@ -280,7 +289,6 @@ class EngineQueue:
             waited_s = now_s - self._queued_at_s[row]
             self._metrics.observe(QUEUE_WAIT, waited_s, engine=self._name, tier=row.tier.name.lower())
             self._unqueued(row)
-        self._metrics.observe(BATCH_ROWS, len(rows), engine=self._name)
         return rows
 
     def _look_elsewhere(self) -> None:
@@ -301,74 +309,90 @@ class EngineQueue:
             self._top_up()
 
     async def _exchange(self, slot: Slot, rows: list[Row], task: asyncio.Task[None]) -> None:
-        """Send a batch and share out what comes back."""
+        """Send rows and share out what comes back."""
         ids = [str(ULID()) for _ in rows]
-        batch = _Batch(rows, ids, slot.replica, task, time.monotonic(), set(range(len(rows))))
+        sent = _Call(rows, ids, slot, task, time.monotonic(), set(range(len(rows))))
+        limits = self.limits
+        terms = BatchTerms(rows[0].group, 1 if rows[0].alone else limits.max_rows, limits.max_chars)
         for index, row in enumerate(rows):
             row.tries += 1
-            self._sent[row] = (batch, index)
+            self._sent[row] = (sent, index)
         try:
             calls = [replace(row.call, call_id=call_id) for row, call_id in zip(rows, ids, strict=True)]
-            async with aclosing(slot.send(calls)) as answers:
-                while (answer := await self._next(answers)) is not None:
+            async with aclosing(slot.send(calls, terms, rows[0].avoid)) as answers:
+                while (answer := await self._next(slot, answers)) is not None:
                     for audio in answer:
-                        self._share(batch, audio)
+                        self._share(sent, audio)
             early = EngineFailed("The engine ended before the speech did. Try again.")
-            self._redo_open(batch, "ended", early)
+            self._redo_open(sent, "ended", early)
+        except Declined:
+            for index in sorted(sent.open):
+                row = self._close(sent, index)
+                row.tries -= 1
+                self._put(row)
+            self._look_elsewhere()
         except TimeoutError:
-            logger.warning("Replica %s was silent for %g s.", slot.replica, self.limits.chunk_timeout_s)
-            self._redo_open(batch, "silent")
+            if slot.replica is None:
+                for index in sorted(sent.open):
+                    self._close(sent, index).end(self._no_engine_free(limits.max_wait_s))
+            else:
+                logger.warning("Replica %s was silent for %g s.", slot.replica, limits.chunk_timeout_s)
+                self._redo_open(sent, "silent")
         except REPLICA_LOST as error:
-            logger.warning("A replica was lost with %d rows: %s", len(batch.open), type(error).__name__)
-            self._redo_open(batch, "lost")
+            logger.warning("A replica was lost with %d rows: %s", len(sent.open), type(error).__name__)
+            self._redo_open(sent, "lost")
         finally:
             # Cancelled: everyone has left, or the router goes down; nobody may wait for ever.
-            for index in sorted(batch.open):
-                self._close(batch, index).end(
+            for index in sorted(sent.open):
+                self._close(sent, index).end(
                     EngineUnavailable("The server is shutting down. Try again.", retry_after_s=1.0)
                 )
 
-    async def _next(self, answers: AsyncGenerator[list[RowAudio], None]) -> list[RowAudio] | None:
-        """The next answer, None at the end. Raises ``TimeoutError`` if the replica is silent for too long."""
-        async with asyncio.timeout(self.limits.chunk_timeout_s):
+    async def _next(self, slot: Slot, answers: AsyncGenerator[list[RowAudio], None]) -> list[RowAudio] | None:
+        """The next answer, None at the end.
+
+        Raises ``TimeoutError`` if the replica is silent for too long, or if none takes the rows in time.
+        """
+        limits = self.limits
+        async with asyncio.timeout(limits.max_wait_s if slot.replica is None else limits.chunk_timeout_s):
             return await anext(answers, None)
 
-    def _close(self, batch: _Batch, index: int) -> Row:
-        batch.open.discard(index)
-        row = batch.rows[index]
+    def _close(self, sent: _Call, index: int) -> Row:
+        sent.open.discard(index)
+        row = sent.rows[index]
         del self._sent[row]
         return row
 
-    def _share(self, batch: _Batch, audio: RowAudio) -> None:
-        if audio.row not in batch.open:
+    def _share(self, sent: _Call, audio: RowAudio) -> None:
+        if audio.row not in sent.open:
             return
-        row = batch.rows[audio.row]
+        row = sent.rows[audio.row]
         row.deliver(audio.samples)
         if not audio.last:
             return
-        self._close(batch, audio.row)
+        self._close(sent, audio.row)
         if audio.error is None:
-            self._measure(batch, row)
+            self._measure(sent, row)
             row.end()
         elif isinstance(audio.error, (SynthesisFailed, OutOfMemory)):
             row.alone = isinstance(audio.error, OutOfMemory)
             # A replica that is out of memory for a batch may have enough for the row alone.
-            failed_on = None if row.alone else batch.replica
+            failed_on = None if row.alone else sent.slot.replica
             self._redo(row, failed_on, "failed", from_engine(audio.error))
         else:
             row.end(from_engine(audio.error))
 
-    def _measure(self, batch: _Batch, row: Row) -> None:
+    def _measure(self, sent: _Call, row: Row) -> None:
         now_s = time.monotonic()
         self._ended_at_s.append(now_s)
         audio_s = row.received / self._sample_rate_hz
         if audio_s:
-            self._metrics.observe(REAL_TIME_FACTOR, (now_s - batch.sent_at_s) / audio_s, engine=self._name)
+            self._metrics.observe(REAL_TIME_FACTOR, (now_s - sent.sent_at_s) / audio_s, engine=self._name)
 
-    def _redo_open(self, batch: _Batch, reason: str, error: VoiceCloneError | None = None) -> None:
-        for index in sorted(batch.open):
-            row = self._close(batch, index)
-            self._redo(row, batch.replica, reason, error or _failed(row))
+    def _redo_open(self, sent: _Call, reason: str, error: VoiceCloneError | None = None) -> None:
+        for index in sorted(sent.open):
+            row = self._close(sent, index)
+            self._redo(row, sent.slot.replica, reason, error or _failed(row))
 
     def _redo(self, row: Row, failed_on: str | None, reason: str, error: VoiceCloneError) -> None:
         """Let a replica other than ``failed_on`` speak ``row`` again; without one it ends with ``error``."""

@@ -1,15 +1,18 @@
-"""The one place that knows how Ray Serve hands a batch to a replica.
+"""The one place that knows how Ray Serve hands rows to a replica.
 
-``choose_replica``/``dispatch`` reserve a slot on a replica first and send the batch afterwards. They are
-young in Ray (2.56 and later) and may change: nothing outside this file names them.
+``choose_replica``/``dispatch`` reserve a slot on a replica first and send the rows afterwards. They are young
+in Ray (2.56 and later) and may change: nothing outside this file names them, and ``UnreservedDispatch`` does
+without them.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from math import ceil
+from typing import Any, TypeVar, cast
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
@@ -17,7 +20,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import EngineUnavailable
-from serve_app.protocol import EngineFacts, RowAudio, UtteranceCall
+from serve_app.protocol import BatchTerms, EngineFacts, RowAudio, UtteranceCall
 
 #: What a dead, unreachable or removed replica looks like to its caller.
 REPLICA_LOST = (RayError, RayServeException)
@@ -27,15 +30,41 @@ _ROLL_CALL_TIMEOUT_S = 2.0
 #: Replicas a call without slot is made to before it fails.
 _TRIES = 3
 
-BatchCall = Callable[[list[UtteranceCall]], AsyncGenerator[list[RowAudio], None]]
+#: Calls that fill an engine. More of them let a batch close later, each costs Serve some milliseconds.
+_CALLS_PER_ENGINE = 8
+#: Calls without slot that no replica has accepted yet. All others wait in our queue, which can be sorted.
+_MAX_UNACCEPTED = 8
+
+T = TypeVar("T")
+
+RowsCall = Callable[[list[UtteranceCall], BatchTerms, str | None], AsyncGenerator[list[RowAudio], None]]
 
 
-@dataclass(frozen=True, slots=True)
+def rows_per_call(slots: int) -> int:
+    """Rows sent at once to an engine with so many slots. A replica makes one batch of several calls."""
+    return ceil(slots / _CALLS_PER_ENGINE)
+
+
+def calls_per_replica(slots: int, concurrent_batches: int) -> int:
+    """Calls a replica takes: as many as its engine can work on, and those of the next batch."""
+    rows = slots + ceil(slots / concurrent_batches)
+    return ceil(rows / rows_per_call(slots))
+
+
+class Declined(Exception):
+    """The rows came to the replica that they must not go to. Nothing was done with them."""
+
+
+@dataclass(slots=True)
 class Slot:
-    """A reserved place for one batch on one replica. ``send`` it, or leave to give it back."""
+    """A place for rows on a replica: ``send`` them, or leave to give it back.
 
-    replica: str
-    send: BatchCall
+    ``send(calls, terms, avoid)`` raises ``Declined`` if it came to the replica to ``avoid`` after all.
+    """
+
+    send: RowsCall
+    #: None as long as it is not known which one it will be.
+    replica: str | None = None
 
 
 class EngineDispatch:
@@ -43,25 +72,25 @@ class EngineDispatch:
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
-        self._batches = handle.options(method_name="synthesize", stream=True)
+        self._synthesize = handle.options(method_name="synthesize", stream=True)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[Slot]:
         """Wait for a free replica and hold it."""
-        async with self._batches.choose_replica() as selection:
+        async with self._synthesize.choose_replica() as selection:
 
-            async def send(batch: list[UtteranceCall]) -> AsyncGenerator[list[RowAudio], None]:
+            async def send(
+                calls: list[UtteranceCall], terms: BatchTerms, avoid: str | None
+            ) -> AsyncGenerator[list[RowAudio], None]:
                 stream = cast(
-                    DeploymentResponseGenerator[list[RowAudio]], self._batches.dispatch(selection, batch)
+                    DeploymentResponseGenerator[list[RowAudio]],
+                    self._synthesize.dispatch(selection, calls, terms),
                 )
-                try:
-                    async for rows in stream:
-                        yield rows
-                finally:
-                    # Leaving cancellation to garbage collection leaks a running engine now and then.
-                    stream.cancel()  # type: ignore[no-untyped-call]
+                async with _closing(stream) as answers:
+                    async for answer in answers:
+                        yield answer
 
-            yield Slot(selection.replica_id, send)
+            yield Slot(send, selection.replica_id)
 
     async def replicas(self) -> frozenset[str] | None:
         """Ids of the replicas that run, or None if not all of them answer at once."""
@@ -107,3 +136,52 @@ class EngineDispatch:
                         "The engine was lost while it worked on this. Try again later.", retry_after_s=5.0
                     ) from error
         raise AssertionError("unreachable")
+
+
+class UnreservedDispatch(EngineDispatch):
+    """Sends rows to a replica of Serve's choice.
+
+    A replica that takes rows says who it is. Only so many calls are on their way to one at the same time.
+    """
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        super().__init__(handle)
+        self._accept = handle.options(method_name="accept", stream=True)
+        self._permits = asyncio.Semaphore(_MAX_UNACCEPTED)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Slot]:
+        """Wait until rows may be sent."""
+        async with AsyncExitStack() as permit:
+            await permit.enter_async_context(self._permits)
+
+            async def send(
+                calls: list[UtteranceCall], terms: BatchTerms, avoid: str | None
+            ) -> AsyncGenerator[list[RowAudio], None]:
+                stream = cast(
+                    DeploymentResponseGenerator[str | list[RowAudio]],
+                    self._accept.remote(calls, terms, avoid),
+                )
+                async with _closing(stream) as answers:
+                    async for answer in answers:
+                        if not isinstance(answer, str):
+                            yield answer
+                            continue
+                        if answer == avoid:
+                            raise Declined
+                        slot.replica = answer
+                        await permit.aclose()
+                        yield []
+
+            slot = Slot(send)
+            yield slot
+
+
+@asynccontextmanager
+async def _closing(stream: DeploymentResponseGenerator[T]) -> AsyncIterator[DeploymentResponseGenerator[T]]:
+    """Stop the replica's work when the stream is left."""
+    try:
+        yield stream
+    finally:
+        # Leaving cancellation to garbage collection leaks a running engine now and then.
+        stream.cancel()  # type: ignore[no-untyped-call]

@@ -16,8 +16,8 @@ from hashlib import blake2b
 import numpy as np
 
 from engines.contract import Samples
+from serve_app.metrics import REUSED, Metrics
 from serve_app.protocol import UtteranceCall
-from serve_app.router.metrics import REUSED, Metrics
 from serve_app.router.rows import Listener, Recording, Row
 
 

@@ -35,6 +35,7 @@ from serve_app.errors import (
     VoiceExists,
     VoiceNotFound,
 )
+from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
 from serve_app.protocol import (
     AudioFrame,
     EngineFacts,
@@ -50,10 +51,9 @@ from serve_app.protocol import (
 from serve_app.router import text as texts
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.conditioning import ConditioningSource, extract
-from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch
+from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
 from serve_app.router.fair_queue import Tier
 from serve_app.router.limits.admission import Admission
-from serve_app.router.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
@@ -69,6 +69,8 @@ _SWEEP_INTERVAL_S = 3600.0
 _SEED_LIMIT = 2**63
 #: Failures before the first audio after which another engine may speak instead.
 _CANNOT_BEGIN = (Unavailable, EngineFailed)
+
+_DISPATCH = {"router": EngineDispatch, "replica": UnreservedDispatch}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -106,7 +108,10 @@ class Router:
         self._settings = settings
         self._configured = settings
         self._metrics = Metrics()
-        self._engines = {name: EngineDispatch(handle) for name, handle in engines.items()}
+        self._engines = {
+            name: _DISPATCH[settings.engines[name].batching.form_in](handle)
+            for name, handle in engines.items()
+        }
         self._queues: dict[str, EngineQueue] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._playing: dict[str, Playback] = {}
@@ -434,6 +439,7 @@ class Router:
         limits, batching = self._settings.limits, self._settings.engines[name].batching
         slots = self._facts[name].slots
         return QueueLimits(
+            rows_per_call=rows_per_call(slots),
             max_rows=min(batching.max_rows or slots, slots),
             max_chars=batching.max_chars,
             max_waiting=limits.max_queued_requests,

@@ -26,6 +26,13 @@ from tests.speech import noisy_tone, wav_bytes
 
 TICKET = Path(tempfile.gettempdir()) / f"voice-clone-fault-{os.getpid()}"
 
+#: One fault per ticket, in whichever replica comes to it.
+SHAKY: dict[str, Any] = {
+    "engine": "tone",
+    "config": {"slots": 2, "step_s": 0.01, "fault_after_chunks": 2, "fault_ticket": str(TICKET)},
+    "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
+}
+
 SETTINGS: dict[str, Any] = {
     "engines": {
         "tone": {"config": {"slots": 4, "step_s": 0.005}, "replicas": {"num_cpus": 0.1}},
@@ -36,13 +43,8 @@ SETTINGS: dict[str, Any] = {
             "config": {"slots": 1, "step_s": 0.03},
             "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
         },
-        # One fault per ticket, in whichever replica comes to it.
-        "shaky": {
-            "engine": "tone",
-            "config": {"slots": 2, "step_s": 0.01, "fault_after_chunks": 2, "fault_ticket": str(TICKET)},
-            "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
-            "batching": {"chunk_timeout_s": 2.0},
-        },
+        "shaky": {**SHAKY, "batching": {"chunk_timeout_s": 2.0}},
+        "unreserved": {**SHAKY, "batching": {"chunk_timeout_s": 2.0, "form_in": "replica"}},
         # Every text is marked: it never speaks.
         "mute": {
             "engine": "tone",

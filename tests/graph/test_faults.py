@@ -24,13 +24,14 @@ def replicas_are_up(engine: str, count: int, without: int = 0) -> bool:
 
 
 @pytest.mark.parametrize("fault", ["fail", "nan", "silent", "hang", "crash"])
-def test_fault_of_one_replica_is_not_heard(server: Server, fault: str) -> None:
+@pytest.mark.parametrize("engine", ["shaky", "unreserved"])
+def test_fault_of_one_replica_is_not_heard(server: Server, engine: str, fault: str) -> None:
     text = f"This sentence is long enough that [{fault}] happens in the middle and not at the end. Twice."
-    undisturbed = pcm(server, text, model="shaky", seed=5)
+    undisturbed = pcm(server, text, model=engine, seed=5)
     TICKET.touch()
-    np.testing.assert_array_equal(pcm(server, text, model="shaky", seed=5), undisturbed)
+    np.testing.assert_array_equal(pcm(server, text, model=engine, seed=5), undisturbed)
     assert not TICKET.exists(), "the fault never happened"
-    eventually(lambda: replicas_are_up("shaky", 2), timeout_s=60)
+    eventually(lambda: replicas_are_up(engine, 2), timeout_s=60)
 
 
 def test_killed_replica_is_not_heard(server: Server) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import httpx
 import numpy as np
+import pytest
 import ray
 
 from serve_app.app import router_handle
@@ -17,10 +18,10 @@ from tests.graph.conftest import Server, activity, eventually, router_activity
 RATE_HZ = 24_000
 
 
-def request(text: str, client: str = "somebody", **fields: object) -> SpeechRequest:
-    """A request of a client to the one-row-at-a-time engine."""
+def request(text: str, client: str = "somebody", engine: str = "pair", **fields: object) -> SpeechRequest:
+    """A request of a client, to the one-row-at-a-time engine if not to another."""
     caller = Caller(address=client)
-    return SpeechRequest(text, "anna", "pair", caller=caller, **fields)  # type: ignore[arg-type]
+    return SpeechRequest(text, "anna", engine, caller=caller, **fields)  # type: ignore[arg-type]
 
 
 async def spoken(*requests: SpeechRequest, order: list[str] | None = None) -> list[np.ndarray]:
@@ -55,6 +56,20 @@ def test_greedy_client_does_not_hold_up_another(server: Server) -> None:
     order: list[str] = []
     asyncio.run(spoken(*greedy, request("Only this one.", "modest"), order=order))
     assert order.index("modest") < 12
+
+
+@pytest.mark.parametrize("engine", ["shaky", "unreserved"])
+def test_requests_of_many_clients_share_batches(server: Server, engine: str) -> None:
+    def texts(number: int) -> SpeechRequest:
+        return request(f"Request number {number}.", str(number), engine, seed=number)
+
+    alone = [asyncio.run(spoken(texts(number)))[0] for number in range(12)]
+    before = sum(replica.batches for replica in activity(engine))
+    together = asyncio.run(spoken(*(texts(number) for number in range(12))))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert max(replica.largest_batch for replica in activity(engine)) == 2
+    assert sum(replica.batches for replica in activity(engine)) - before < 12
 
 
 def test_interactive_goes_before_bulk(server: Server) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from engines.contract import Conditioning, OutOfMemory, Samples, SynthesisFailed
 from serve_app.errors import EngineFailed, EngineUnavailable, Overloaded, QueueTimeout
-from serve_app.protocol import RowAudio, UtteranceCall
+from serve_app.metrics import Metrics
+from serve_app.protocol import BatchTerms, RowAudio, UtteranceCall
 from serve_app.router.batching import EngineQueue, QueueLimits
-from serve_app.router.dispatch import EngineDispatch, Slot
+from serve_app.router.dispatch import Declined, EngineDispatch, Slot
 from serve_app.router.fair_queue import Tier
-from serve_app.router.metrics import Metrics
 from serve_app.router.rows import Listener, Row
 
 VOICE = Conditioning("fake", "1", {})
@@ -52,7 +52,7 @@ class FakeDispatch(EngineDispatch):
             raise ReplicaLost
         replica = await self.free.get()
         try:
-            yield Slot(replica, lambda batch: self._send(replica, batch))
+            yield Slot(lambda batch, terms, avoid: self._send(replica, batch), replica)
         finally:
             self.free.put_nowait(replica)
 
@@ -90,6 +90,33 @@ class FakeDispatch(EngineDispatch):
         self.abandoned += [self.ids[call_id] for call_id in call_ids]
 
 
+class UnreservedFake(FakeDispatch):
+    """Rows go to the replicas in turn; a replica is known only once it has taken them."""
+
+    accepts = True
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[Slot]:
+        """A place on nobody knows which replica."""
+
+        async def send(
+            batch: list[UtteranceCall], terms: BatchTerms, avoid: str | None
+        ) -> AsyncGenerator[list[RowAudio], None]:
+            if not self.accepts:
+                await asyncio.sleep(3600)
+            replica = await self.free.get()
+            self.free.put_nowait(replica)
+            if replica == avoid:
+                self.used.append(f"{replica} declined")
+                raise Declined
+            slot.replica = replica
+            async for answer in self._send(replica, batch):
+                yield answer
+
+        slot = Slot(send)
+        yield slot
+
+
 @pytest.fixture(autouse=True)
 def lost_replica(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the queue take our error for Ray's, and not wait long for another replica."""
@@ -106,7 +133,7 @@ def limits(max_rows: int = 3, **changes: float) -> QueueLimits:
         "max_redo_wait_s": 60.0,
         "chunk_timeout_s": 60.0,
     }
-    return QueueLimits(max_rows=max_rows, **{**values, **changes})
+    return QueueLimits(rows_per_call=max_rows, max_rows=max_rows, **{**values, **changes})
 
 
 def queue_over(fake: FakeDispatch, **changes: Any) -> EngineQueue:
@@ -271,6 +298,28 @@ async def test_failed_row_is_spoken_elsewhere() -> None:
     queue = queue_over(fake)
     np.testing.assert_array_equal(await samples(submit(queue, "bad on r0")), whole("b"))
     assert fake.used == ["r0", "r1"]
+
+
+async def test_replica_that_declines_has_not_tried() -> None:
+    fake = UnreservedFake(replicas=2)
+    queue = queue_over(fake)
+    # Every second call comes to the replica that failed, which declines it.
+    fake.free = asyncio.Queue()
+    for replica in ("r0", "r0", "r0", "r0", "r1"):
+        fake.free.put_nowait(replica)
+    row = row_of(queue, "bad on r0")
+    np.testing.assert_array_equal(await samples(row.join()), whole("bad on r0"))
+    assert fake.used == ["r0", "r0 declined", "r0 declined", "r0 declined", "r1"]
+    assert row.tries == 2
+
+
+async def test_row_that_no_replica_takes_waits_only_so_long() -> None:
+    fake = UnreservedFake()
+    fake.accepts = False
+    queue = queue_over(fake, max_wait_s=0.05, chunk_timeout_s=0.01)
+    with pytest.raises(QueueTimeout):
+        await samples(submit(queue, "a"))
+    assert (queue.waiting, queue.speaking) == (0, 0)
 
 
 async def test_row_that_was_too_much_is_spoken_alone(queue: EngineQueue, fake: FakeDispatch) -> None:

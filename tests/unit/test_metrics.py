@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.router.metrics import COUNTERS, GAPS, GAUGES, HISTOGRAMS, REQUESTS, Described, Metrics
+from serve_app.metrics import COUNTERS, GAPS, GAUGES, HISTOGRAMS, REQUESTS, Described, Metrics
 
 KINDS = {"counter": COUNTERS, "histogram": tuple(HISTOGRAMS), "gauge": GAUGES}
 SERIES = [(kind, series) for kind, all_series in KINDS.items() for series in all_series]

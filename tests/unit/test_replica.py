@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
@@ -23,7 +23,7 @@ from engines.contract import (
     Utterance,
 )
 from engines.tone.engine import ToneEngine, render
-from serve_app.protocol import UtteranceCall
+from serve_app.protocol import BatchTerms, RowAudio, UtteranceCall
 from serve_app.replica import EngineReplica, ThreadStream
 from tests.speech import noisy_tone
 
@@ -35,10 +35,26 @@ def call(text: str, **fields: object) -> UtteranceCall:
     return UtteranceCall(text, text, "en", VOICE, seed=1, **fields)  # type: ignore[arg-type]
 
 
+def synthesize(
+    replica: EngineReplica, calls: list[UtteranceCall], max_rows: int = 8
+) -> AsyncGenerator[list[RowAudio], None]:
+    """The answers to ``calls``, which may share a batch with any others."""
+    return replica.synthesize(calls, BatchTerms((), max_rows, None))
+
+
+async def let_go(replica: EngineReplica) -> None:
+    """Wait until the engine works on nothing."""
+    for _ in range(500):
+        if not (await replica.activity()).rows_open:
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
 async def speak(replica: EngineReplica, *batch: UtteranceCall) -> list[Samples]:
     """Samples of each row."""
     rows: list[list[Samples]] = [[] for _ in batch]
-    async for answer in replica.synthesize(list(batch)):
+    async for answer in synthesize(replica, list(batch)):
         for audio in answer:
             assert audio.error is None
             rows[audio.row].append(audio.samples)
@@ -54,6 +70,53 @@ async def test_batch_comes_back_as_the_engine_made_it() -> None:
     assert (activity.rows_open, activity.batches, activity.largest_batch) == (0, 1, 2)
 
 
+async def test_calls_that_wait_are_one_batch_in_the_end() -> None:
+    replica = EngineReplica("tone", {"step_s": 0.05})
+    running = asyncio.create_task(speak(replica, call("this one runs")))
+    await asyncio.sleep(0.02)
+    texts = [f"waits, number {number}" for number in range(5)]
+    waited = await asyncio.gather(*(speak(replica, call(text)) for text in texts))
+    await running
+    for text, (samples,) in zip(texts, waited, strict=True):
+        np.testing.assert_array_equal(samples, render(Utterance(text, "en", VOICE, seed=1)))
+    activity = await replica.activity()
+    assert (activity.batches, activity.largest_batch) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [BatchTerms(("de",), 8, None), BatchTerms((), 2, None), BatchTerms((), 8, 40)],
+    ids=["group", "rows", "characters"],
+)
+async def test_only_what_goes_together_is_one_batch(terms: BatchTerms) -> None:
+    replica = EngineReplica("tone", {"step_s": 0.05})
+    running = asyncio.create_task(speak(replica, call("this one runs")))
+    await asyncio.sleep(0.02)
+
+    async def ask(number: int, terms: BatchTerms) -> None:
+        async for _ in replica.synthesize([call(f"waits, number {number}")], terms):
+            pass
+
+    others = [ask(3, BatchTerms(("en",), 8, None))] if terms.group else []
+    await asyncio.gather(*(ask(number, terms) for number in range(3)), *others)
+    await running
+    activity = await replica.activity()
+    assert (activity.batches, activity.largest_batch) == ((3, 3) if others else (3, 2))
+
+
+async def test_calls_that_left_while_they_waited_are_never_spoken() -> None:
+    replica = EngineReplica("tone", {"step_s": 0.05})
+    running = asyncio.create_task(speak(replica, call("this one runs")))
+    await asyncio.sleep(0.02)
+    leaves = asyncio.create_task(speak(replica, call("leaves")))
+    await asyncio.sleep(0.02)
+    leaves.cancel()
+    await asyncio.wait({leaves})
+    await running
+    await let_go(replica)
+    assert (await replica.activity()).batches == 1
+
+
 async def test_facts_are_the_cards() -> None:
     facts = await EngineReplica("tone", {"slots": 3}).describe()
     assert facts.slots == 3
@@ -64,7 +127,7 @@ async def test_facts_are_the_cards() -> None:
 async def test_abandoned_row_stops_and_the_other_goes_on() -> None:
     replica = EngineReplica("tone", {"step_s": 0.01})
     rows: dict[int, int] = {0: 0, 1: 0}
-    async with aclosing(replica.synthesize([call("leaves " * 10), call("stays " * 10)])) as answers:
+    async with aclosing(synthesize(replica, [call("leaves " * 10), call("stays " * 10)])) as answers:
         async for answer in answers:
             if rows[0] == 0:
                 await replica.abandon(["leaves " * 10, "somebody else"])
@@ -74,18 +137,19 @@ async def test_abandoned_row_stops_and_the_other_goes_on() -> None:
     assert rows[0] <= 10
 
 
-async def test_closing_waits_until_the_engine_has_let_go() -> None:
+async def test_closing_stops_the_engine() -> None:
     replica = EngineReplica("tone", {"step_s": 0.01})
-    answers = replica.synthesize([call("word " * 50)])
+    answers = synthesize(replica, [call("word " * 50)])
     await anext(answers)
     await answers.aclose()
-    assert (await replica.activity()).rows_open == 0
+    await let_go(replica)
+    assert (await replica.activity()).chunks < 10
     await speak(replica, call("next"))
 
 
 async def test_hanging_engine_is_freed_by_leaving() -> None:
     replica = EngineReplica("tone", {})
-    answers = replica.synthesize([call("please [hang] here")])
+    answers = synthesize(replica, [call("please [hang] here")])
     waiting = asyncio.ensure_future(anext(answers))
     await asyncio.sleep(0.1)
     waiting.cancel()
@@ -98,7 +162,7 @@ async def test_hanging_engine_is_freed_by_leaving() -> None:
 async def test_failing_row_ends_with_its_error() -> None:
     replica = EngineReplica("tone", {})
     errors = {}
-    async for answer in replica.synthesize([call("[fail]"), call("good"), call("x", options={"a": 1})]):
+    async for answer in synthesize(replica, [call("[fail]"), call("good"), call("x", options={"a": 1})]):
         errors.update({audio.row: audio.error for audio in answer if audio.last})
     assert isinstance(errors[0], SynthesisFailed)
     assert errors[1] is None
@@ -115,7 +179,7 @@ async def test_engine_that_raises_fails_the_rows_it_has_not_finished(
     replica = EngineReplica("tone", {})
     monkeypatch.setattr(ToneEngine, "synthesize", broken)
     ends = {}
-    async for answer in replica.synthesize([call("a"), call("b")]):
+    async for answer in synthesize(replica, [call("a"), call("b")]):
         ends.update({audio.row: audio.error for audio in answer if audio.last})
     assert ends[0] is None
     assert isinstance(ends[1], SynthesisFailed)
@@ -128,7 +192,7 @@ async def test_row_that_is_no_speech_fails_alone(text: str, fault_after_chunks: 
     replica = EngineReplica("tone", {"fault_after_chunks": fault_after_chunks})
     errors = {}
     heard: dict[int, list[Samples]] = {0: [], 1: []}
-    async for answer in replica.synthesize([call(text), call("good for all of this time as well")]):
+    async for answer in synthesize(replica, [call(text), call("good for all of this time as well")]):
         for audio in answer:
             heard[audio.row].append(audio.samples)
             if audio.last:
@@ -145,7 +209,7 @@ async def test_batch_that_waits_says_so_while_the_engine_works(monkeypatch: pyte
     replica = EngineReplica("tone", {"step_s": 0.02})
     running = asyncio.create_task(speak(replica, call("this one runs")))
     await asyncio.sleep(0.01)
-    async with aclosing(replica.synthesize([call("this one waits")])) as waiting:
+    async with aclosing(synthesize(replica, [call("this one waits")])) as waiting:
         assert await anext(waiting) == []
     await running
 
@@ -153,10 +217,10 @@ async def test_batch_that_waits_says_so_while_the_engine_works(monkeypatch: pyte
 async def test_batch_behind_a_stuck_engine_falls_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.replica._BEAT_S", 0.01)
     replica = EngineReplica("tone", {}, step_timeout_s=0.05)
-    stuck = replica.synthesize([call("[hang]")])
+    stuck = synthesize(replica, [call("[hang]")])
     asking = asyncio.ensure_future(anext(stuck))
     await asyncio.sleep(0.3)
-    waiting = replica.synthesize([call("waits")])
+    waiting = synthesize(replica, [call("waits")])
     first = asyncio.ensure_future(anext(waiting))
     done, _ = await asyncio.wait({first}, timeout=0.2)
     assert not done
@@ -165,6 +229,7 @@ async def test_batch_behind_a_stuck_engine_falls_silent(monkeypatch: pytest.Monk
     for task in (first, asking):
         task.cancel()
         await asyncio.wait({task})
+    await let_go(replica)
     await replica.check_health()
 
 
@@ -172,7 +237,8 @@ async def test_failing_texts_do_not_make_a_replica_ill() -> None:
     replica = EngineReplica("tone", {})
     await speak(replica, call("fine"))
     for _ in range(5):
-        _ = [answer async for answer in replica.synthesize([call("[nan]")])]
+        _ = [answer async for answer in synthesize(replica, [call("[nan]")])]
+    await let_go(replica)
     await replica.check_health()
     await speak(replica, call("still fine"))
 
@@ -188,7 +254,8 @@ async def test_engine_that_can_no_longer_speak_is_ill(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ToneEngine, "synthesize", broken)
     for _ in range(3):
         await replica.check_health()
-        _ = [answer async for answer in replica.synthesize([call("anything")])]
+        _ = [answer async for answer in synthesize(replica, [call("anything")])]
+    await let_go(replica)
     with pytest.raises(RuntimeError, match="no longer"):
         await replica.check_health()
 
@@ -196,7 +263,8 @@ async def test_engine_that_can_no_longer_speak_is_ill(monkeypatch: pytest.Monkey
 async def test_engine_that_never_spoke_is_ill() -> None:
     replica = EngineReplica("tone", {})
     for _ in range(3):
-        _ = [answer async for answer in replica.synthesize([call("[fail]")])]
+        _ = [answer async for answer in synthesize(replica, [call("[fail]")])]
+    await let_go(replica)
     with pytest.raises(RuntimeError, match="never spoken"):
         await replica.check_health()
 

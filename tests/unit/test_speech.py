@@ -11,8 +11,8 @@ import pytest
 
 from engines.contract import Conditioning, Samples
 from serve_app.errors import EngineFailed, ListenerStalled
+from serve_app.metrics import Metrics
 from serve_app.protocol import UtteranceCall
-from serve_app.router.metrics import Metrics
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Recording, Row
 from serve_app.router.speech import Playback, Speech

@@ -1,4 +1,4 @@
-"""What the router measures, through Ray: scraped with Ray's own metrics, prefixed ``ray_``.
+"""What routers and replicas measure, through Ray: scraped with Ray's own metrics, prefixed ``ray_``.
 
 Ray adds the deployment, the replica and the application to every series. ``client`` is "key" for callers with
 an API key and "ip" for all others: names of clients would make as many series as there are clients.
@@ -26,7 +26,7 @@ class Described(NamedTuple):
 
 
 QUEUE_WAIT = Described("tts_queue_wait_seconds", "Wait of an utterance for an engine.", ("engine", "tier"))
-BATCH_ROWS = Described("tts_batch_rows", "Utterances sent to a replica at once.", ("engine",))
+BATCH_ROWS = Described("tts_batch_rows", "Utterances an engine began together.", ("engine",))
 FIRST_AUDIO = Described(
     "tts_first_audio_seconds", "From a request in the router to its first audio.", ("engine", "client")
 )
@@ -60,7 +60,7 @@ GAUGES = (WAITING,)
 
 
 class Metrics:
-    """All series of one router. Tags are given by name; a missing one is an error."""
+    """All series. Tags are given by name; a missing one is an error."""
 
     def __init__(self) -> None:
         self._counters = {series: metrics.Counter(**_arguments(series)) for series in COUNTERS}
