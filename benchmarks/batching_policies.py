@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,28 @@ async def asker(policy: str) -> Ask:
         return first_audio_s
 
     return ask
+
+
+async def compare(
+    policies: Sequence[str], loads_per_s: Sequence[float], seconds: float, repeats: int
+) -> dict[float, dict[str, Answered]]:
+    """Medians of every policy under every load, measured in turn. The applications must be running."""
+    asks = {policy: await asker(policy) for policy in policies}
+    for ask in asks.values():
+        await asyncio.gather(*(ask("Warm up.", seed) for seed in range(REPLICAS)))
+    seeds = count(REPLICAS, 1_000_000)
+    results: dict[float, dict[str, Answered]] = {}
+    for per_s in loads_per_s:
+        runs: dict[str, list[Answered]] = {policy: [] for policy in policies}
+        for _ in range(repeats):
+            for policy, ask in asks.items():
+                runs[policy].append(await under_load(ask, per_s, seconds, next(seeds)))
+        results[per_s] = {policy: _median(answered) for policy, answered in runs.items()}
+    return results
+
+
+def _median(runs: list[Answered]) -> Answered:
+    return Answered(*np.median([(run.per_s, run.p50_s, run.p95_s) for run in runs], axis=0).tolist())
 
 
 async def under_load(ask: Ask, per_s: float, seconds: float, first_seed: int) -> Answered:

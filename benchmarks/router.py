@@ -1,7 +1,10 @@
 """What the router adds when much waits, and what more replicas give.
 
-    python -m benchmarks.router            # writes results/router.json
-    python -m benchmarks.router --quick    # within a minute
+    python -m benchmarks.router            # writes results/router.json, in half an hour
+    python -m benchmarks.router --quick    # within five minutes
+
+Batching: the policies of benchmarks/batching_policies.py under three loads, with one router and with two.
+Ours against the best of the others at each: served requests, and 50th and 95th percentile of first audio.
 
 Queue: requests of 50 clients wait at once for one engine whose replica answers at once and in this process.
 CPU time from the first submission to the last end, per request, with few and with many waiting: it should not
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from serve_app.environment import prepare_environment
@@ -33,6 +37,7 @@ import ray
 from ray import serve
 from ray.serve.config import ProxyLocation
 
+from benchmarks.batching_policies import CEILING_PER_S, OURS, POLICIES, Answered, compare, deploy
 from benchmarks.reporting import machine, write_result
 from engines.contract import Conditioning, Samples
 from serve_app.app import APP_NAME, build_app, router_handle
@@ -50,6 +55,11 @@ SLOTS = 8
 FEW, MANY = 100, 1000
 REPEATS = 7
 REPLICAS = (1, 2, 4)
+ROUTERS = (1, 2)
+#: Shares of what the engines can serve.
+LOADS = (0.2, 0.6, 0.85)
+LOAD_S, QUICK_LOAD_S = 15.0, 2.0
+LOAD_REPEATS = 2
 SENTENCES, QUICK_SENTENCES = 200, 16
 #: One chunk holds any of the sentences: the engine sleeps once for each.
 STEP_S = 0.5
@@ -153,6 +163,35 @@ def scaling(sentences: int) -> dict[int, float]:
     return {replicas: spoken_s for replicas, (spoken_s, _) in results.items()}
 
 
+def batching(quick: bool) -> dict[int, dict[float, dict[str, Answered]]]:
+    """How each policy does, by number of routers and requests a second."""
+    results = {}
+    for routers in ROUTERS[:1] if quick else ROUTERS:
+        with tempfile.TemporaryDirectory() as store:
+            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+            try:
+                serve.start(proxy_location=ProxyLocation.Disabled)
+                for policy in POLICIES:
+                    deploy(policy, routers, f"{store}/{policy}")
+                loads_per_s = [round(share * CEILING_PER_S, 1) for share in LOADS]
+                seconds, repeats = (QUICK_LOAD_S, 1) if quick else (LOAD_S, LOAD_REPEATS)
+                results[routers] = asyncio.run(compare(POLICIES, loads_per_s, seconds, repeats))
+            finally:
+                serve.shutdown()  # type: ignore[no-untyped-call]
+                ray.shutdown()
+    return results
+
+
+def against_best(results: dict[str, Answered]) -> Answered:
+    """Ours over the best of the others, each at least as good if 1 or more."""
+    ours, others = results[OURS], [results[policy] for policy in POLICIES if policy != OURS]
+    return Answered(
+        ours.per_s / max(other.per_s for other in others),
+        min(other.p50_s for other in others) / ours.p50_s,
+        min(other.p95_s for other in others) / ours.p95_s,
+    )
+
+
 def main() -> None:
     """Measure, print a table, and write the results unless quick."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -162,11 +201,22 @@ def main() -> None:
     costs_us = queue_costs()
     for waiting, cost_us in costs_us.items():
         print(f"{waiting:5} waiting: {cost_us:6.1f} µs of CPU a request")
+    compared = batching(quick)
+    ratios = []
+    for routers, by_load in compared.items():
+        for per_s, answered in by_load.items():
+            print(f"{routers} router{'s' * (routers > 1)}, {per_s:g} requests a second:")
+            for policy, one in answered.items():
+                print(f"  {policy:10} {one.per_s:5.1f}/s, p50 {one.p50_s:6.2f} s, p95 {one.p95_s:6.2f} s")
+            ratios.append(against_best(answered))
     sentences = QUICK_SENTENCES if quick else SENTENCES
     spoken_s = scaling(sentences)
     figures = {
         "queue_cost_us": costs_us[MANY],
         "queue_cost_ratio_many_to_few": costs_us[MANY] / costs_us[FEW],
+        "throughput_vs_best": min(ratio.per_s for ratio in ratios),
+        "p50_vs_best": min(ratio.p50_s for ratio in ratios),
+        "p95_vs_best": min(ratio.p95_s for ratio in ratios),
     }
     for replicas, seconds in spoken_s.items():
         efficiency = spoken_s[1] / seconds / replicas
@@ -174,7 +224,18 @@ def main() -> None:
         if replicas > 1:
             figures[f"scaling_efficiency_{replicas}"] = efficiency
     if not quick:
-        details = {"sentences": sentences, "step_s": STEP_S, "seconds": spoken_s, "queue_us": costs_us}
+        details = {
+            "sentences": sentences,
+            "step_s": STEP_S,
+            "seconds": spoken_s,
+            "queue_us": costs_us,
+            "batching": {
+                f"{routers} routers, {per_s:g}/s, {policy}": asdict(one)
+                for routers, by_load in compared.items()
+                for per_s, answered in by_load.items()
+                for policy, one in answered.items()
+            },
+        }
         print(f"Written: {write_result('router', figures, at=at, details=details).relative_to(Path.cwd())}")
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 

@@ -141,6 +141,7 @@ def test_metrics_are_exported(server: Server) -> None:
             "ray_tts_requests_total",
             "ray_tts_first_audio_seconds_count",
             "ray_tts_waiting_utterances",
+            "ray_tts_batch_rows_count",
         } <= names
 
     eventually(exported, timeout_s=60)
