@@ -10,7 +10,7 @@ from serve_app.config import Settings
 from serve_app.handle import RouterHandle
 from serve_app.ingress import openai, ops, v3, voices
 from serve_app.ingress.callers import Callers
-from serve_app.ingress.guards import BodyLimit, RequestId
+from serve_app.ingress.guards import BodyLimit, Disconnect, RequestId
 from serve_app.ingress.problems import install_error_handlers
 
 
@@ -35,4 +35,5 @@ def build_api(router: RouterHandle, settings: Settings) -> FastAPI:
         form_bytes=settings.voices.reference.max_upload_bytes + (64 << 10),
     )
     api.add_middleware(RequestId)
+    api.add_middleware(Disconnect)
     return api

@@ -1,10 +1,11 @@
-"""What every HTTP request passes before a route sees it: an id, and a limit on its body."""
+"""What every HTTP request passes before a route sees it: an id, its end, and a limit on its body."""
 
 from __future__ import annotations
 
 import re
 from contextlib import suppress
 
+from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
@@ -34,6 +35,27 @@ class RequestId:
             wanted if _CLEAN_ID.fullmatch(wanted) else f"req_{ULID()}"
         )
         await self._app(scope, receive, send)
+
+
+class Disconnect:
+    """Tell a client that left in the one way the framework knows.
+
+    Ray cancels what is done for it, the wait for its next message among that, which then raises.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application with a ``receive`` that says "http.disconnect"."""
+
+        async def receive_or_disconnect() -> Message:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_disconnect if scope["type"] == "http" else receive, send)
 
 
 class BodyLimit:

@@ -34,6 +34,7 @@ from serve_app.errors import (
 )
 from serve_app.metrics import QUEUE_WAIT, REAL_TIME_FACTOR, RETRIES, WAITING, Metrics
 from serve_app.protocol import BatchTerms, RowAudio, UtteranceCall
+from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import REPLICA_LOST, Declined, EngineDispatch, Slot
 from serve_app.router.fair_queue import FairQueue, Tier
 from serve_app.router.rows import Row
@@ -214,7 +215,7 @@ class EngineQueue:
             logger.info("Not every replica heard of an abandoned row: %s", type(error).__name__)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
+        task = start_detached(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

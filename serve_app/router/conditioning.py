@@ -12,6 +12,7 @@ from hashlib import blake2b
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import VoiceCloneError, from_engine
 from serve_app.protocol import EngineFacts
+from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
 from serve_app.voices.store import VoiceStore
 from serve_app.voices.voice import Voice
@@ -60,7 +61,7 @@ class ConditioningSource:
             return entry
         task = self._pending.get(key)
         if task is None:
-            task = asyncio.create_task(self._load(key, voice, facts, engine))
+            task = start_detached(self._load(key, voice, facts, engine))
             self._pending[key] = task
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         # One caller leaving must not stop the computation others wait for.
@@ -102,7 +103,7 @@ class ConditioningSource:
             if better is not None:
                 await self.keep(voice, better)
 
-        task = asyncio.create_task(refine())
+        task = start_detached(refine())
         self._refining.add(task)
         task.add_done_callback(self._refining.discard)
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import ray
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 
@@ -126,6 +127,23 @@ def router_activity() -> RouterActivity:
     (answer,) = router_handle().broadcast("activity").results()
     assert isinstance(answer, RouterActivity)
     return answer
+
+
+def exported() -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, tags and value of each of our series, as Prometheus gets them."""
+    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+    page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name.startswith("ray_tts_"):
+                yield sample.name.removeprefix("ray_"), sample.labels, sample.value
+
+
+def counted(series: str, **tags: str) -> float:
+    """Sum of a series over all processes, of those with these tags."""
+    return sum(
+        value for name, labels, value in exported() if name == series and tags.items() <= labels.items()
+    )
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 
-import httpx
 import numpy as np
 import pytest
-import ray
 
 from serve_app.app import router_handle
 from serve_app.handle import RouterHandle
 from serve_app.protocol import AudioFrame, Caller, Priority, SpeechRequest
-from tests.graph.conftest import Server, activity, eventually, router_activity
+from tests.graph.conftest import Server, activity, counted, eventually, exported, router_activity
 
 RATE_HZ = 24_000
 
@@ -130,18 +128,23 @@ def test_nothing_is_left_behind(server: Server) -> None:
 
 def test_metrics_are_exported(server: Server) -> None:
     asyncio.run(spoken(request("This is counted.")))
-    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    series = {
+        "tts_requests_total",
+        "tts_first_audio_seconds_count",
+        "tts_waiting_utterances",
+        "tts_batch_rows_count",
+    }
+    eventually(lambda: series <= {name for name, _, _ in exported()}, timeout_s=60)
 
-    def exported() -> bool:
-        names = {
-            line.split("{")[0] for line in httpx.get(url).text.splitlines() if line.startswith("ray_tts")
-        }
-        return {
-            "ray_tts_requests_total",
-            "ray_tts_first_audio_seconds_count",
-            "ray_tts_waiting_utterances",
-            "ray_tts_batch_rows_count",
-        } <= names
 
-    eventually(exported, timeout_s=60)
+def test_clients_that_leave_are_counted_exactly(server: Server) -> None:
+    def ended(outcome: str) -> float:
+        return counted("tts_requests_total", engine="slow", outcome=outcome)
+
+    before = {outcome: ended(outcome) for outcome in ("cancelled", "complete", "failed")}
+    body = {"model": "slow", "voice": "anna", "input": "word " * 40, "response_format": "pcm"}
+    for _ in range(6):
+        with server.http.stream("POST", "/v1/audio/speech", json=body) as answer:
+            next(answer.iter_raw())
+    eventually(lambda: ended("cancelled") == before["cancelled"] + 6, timeout_s=60)
+    assert (ended("complete"), ended("failed")) == (before["complete"], before["failed"])

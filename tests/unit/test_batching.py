@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -483,3 +484,13 @@ async def test_waiting_row_moves_up_when_it_is_wanted_sooner(queue: EngineQueue,
     for row in rows:
         await samples(row)
     assert fake.batches == [["bulk"], ["next"]]
+
+
+async def test_replicas_are_called_in_nobodys_name(queue: EngineQueue, fake: FakeDispatch) -> None:
+    # Ray finds in the context whose request it serves, and cancels all its calls when that one is left.
+    request = ContextVar("request", default="nobody")
+    names: set[str] = set()
+    fake.before_step = lambda replica, step: names.add(request.get())
+    request.set("somebody")
+    await samples(submit(queue, "a"))
+    assert names == {"nobody"}

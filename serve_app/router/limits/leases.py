@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+from serve_app.router.detached import start_detached
 from serve_app.router.limits.budget import (
     Answer,
     Ask,
@@ -189,7 +190,7 @@ class LeasedBudget:
         self._waiting.append(waiting)
         self._wake.set()
         if self._talking is None:
-            self._talking = asyncio.create_task(self._talk())
+            self._talking = start_detached(self._talk())
         try:
             return await waiting.decided
         except asyncio.CancelledError:
