@@ -43,10 +43,10 @@ from engines.contract import Conditioning, Samples
 from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
-from serve_app.protocol import AudioFrame, EnrolRequest, BatchTerms, RowAudio, SpeechRequest, UtteranceCall
+from serve_app.metrics import Metrics
+from serve_app.protocol import AudioFrame, BatchTerms, EnrolRequest, RowAudio, SpeechRequest, UtteranceCall
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.dispatch import EngineDispatch, Slot, rows_per_call
-from serve_app.metrics import Metrics
 from serve_app.router.rows import Row
 from tests.speech import noisy_tone, wav_bytes
 
