@@ -45,6 +45,8 @@ clean:
 	touch $@
 
 .venv/setup.stamp: pyproject.toml | .venv/bin/uv
-	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --group judges
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --group torch
+	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev --group coqui
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --group judges --group torch-audio
 	touch $@ .venv/demo.stamp
