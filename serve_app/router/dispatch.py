@@ -8,8 +8,10 @@ without them.
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, TypeVar, cast
@@ -21,6 +23,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import EngineUnavailable
 from serve_app.protocol import BatchTerms, EngineFacts, RowAudio, UtteranceCall
+from serve_app.router.detached import start_detached
+
+logger = logging.getLogger("ray.serve")
 
 #: What a dead, unreachable or removed replica looks like to its caller.
 REPLICA_LOST = (RayError, RayServeException)
@@ -36,6 +41,9 @@ _CALLS_PER_ENGINE = 8
 _MAX_UNACCEPTED = 8
 
 T = TypeVar("T")
+
+#: Waits for the first items of calls that everybody has left.
+_beginning: set[asyncio.Task[Any]] = set()
 
 RowsCall = Callable[[list[UtteranceCall], BatchTerms, str | None], AsyncGenerator[list[RowAudio], None]]
 
@@ -86,7 +94,7 @@ class EngineDispatch:
                     DeploymentResponseGenerator[list[RowAudio]],
                     self._synthesize.dispatch(selection, calls, terms),
                 )
-                async with _closing(stream) as answers:
+                async with aclosing(_items(stream)) as answers:
                     async for answer in answers:
                         yield answer
 
@@ -162,7 +170,7 @@ class UnreservedDispatch(EngineDispatch):
                     DeploymentResponseGenerator[str | list[RowAudio]],
                     self._accept.remote(calls, terms, avoid),
                 )
-                async with _closing(stream) as answers:
+                async with aclosing(_items(stream)) as answers:
                     async for answer in answers:
                         if not isinstance(answer, str):
                             yield answer
@@ -177,11 +185,32 @@ class UnreservedDispatch(EngineDispatch):
             yield slot
 
 
-@asynccontextmanager
-async def _closing(stream: DeploymentResponseGenerator[T]) -> AsyncIterator[DeploymentResponseGenerator[T]]:
-    """Stop the replica's work when the stream is left."""
+async def _items(stream: DeploymentResponseGenerator[T]) -> AsyncGenerator[T, None]:
+    """The items of a call. The replica's work is stopped when they are left before their end."""
+    # Ray (2.60) keeps a reserved place for ever if its call is cancelled before the replica has begun it, and
+    # cancels a call if whoever waits for its first item is cancelled. So nothing cancels that wait.
+    first = start_detached(_next(stream))
     try:
-        yield stream
+        item = await asyncio.shield(first)
+    except asyncio.CancelledError:
+        _beginning.add(first)
+        first.add_done_callback(functools.partial(_stop_begun, stream))
+        raise
+    try:
+        while item is not None:
+            yield item
+            item = await _next(stream)
     finally:
         # Leaving cancellation to garbage collection leaks a running engine now and then.
         stream.cancel()  # type: ignore[no-untyped-call]
+
+
+async def _next(stream: DeploymentResponseGenerator[T]) -> T | None:
+    return await anext(stream, None)
+
+
+def _stop_begun(stream: DeploymentResponseGenerator[T], first: asyncio.Task[T | None]) -> None:
+    _beginning.discard(first)
+    stream.cancel()  # type: ignore[no-untyped-call]
+    if not first.cancelled() and (error := first.exception()) is not None:
+        logger.info("A call that nobody waited for has failed: %s", type(error).__name__)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_port
-from tests.cluster.conftest import BIN, Program
+from tests.cluster.conftest import BIN, Program, haproxy_environment
 from tests.cluster.test_command_line import wait_ready
 from tests.speech import noisy_tone, wav_bytes
 
@@ -39,7 +39,6 @@ def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     config = folder / "settings.yaml"
     # JSON is YAML too.
     config.write_text(json.dumps(settings))
-    haproxy = Path(environment["RAY_TMPDIR"])
     port = free_port()
     program = Program(
         BIN / "voice-clone",
@@ -48,17 +47,7 @@ def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
         config,
         "--port",
         str(port),
-        environment={
-            **environment,
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
-        },
+        environment={**environment, **haproxy_environment(Path(environment["RAY_TMPDIR"]))},
     )
     found = f"http://127.0.0.1:{port}"
     try:

@@ -83,11 +83,11 @@ class Nodes:
     def replicas(self, deployment: str, *programs: Program) -> list[psutil.Process]:
         """Processes of a deployment's replicas on the nodes of ``programs``, or on all."""
         title = f"ray::ServeReplica:voice-clone:{deployment}"
-        return [process for process in self._processes(*programs) if title in _title(process)]
+        return [process for process in self._processes(*programs) if title in title(process)]
 
     def controller(self) -> psutil.Process:
         """Serve's controller."""
-        (controller,) = [p for p in self._processes() if "ray::ServeController" in _title(p)]
+        (controller,) = [p for p in self._processes() if "ray::ServeController" in title(p)]
         return controller
 
     def _processes(self, *programs: Program) -> list[psutil.Process]:
@@ -135,7 +135,8 @@ class Nodes:
         )
 
 
-def _title(process: psutil.Process) -> str:
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; empty if it is gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:

@@ -12,7 +12,7 @@ import numpy as np
 import openai
 import pytest
 
-from tests.graph.conftest import Server, activity, eventually
+from tests.graph.conftest import SETTINGS, Server, activity, eventually
 from tests.speech import read_audio
 
 TEXT = "The birch canoe slid on the smooth planks."
@@ -201,7 +201,7 @@ def test_request_id_is_taken_or_made(server: Server) -> None:
 
 def test_models_list_the_served_engines(server: Server) -> None:
     models = {model.id: model for model in server.openai.models.list()}
-    assert set(models) == {"tone", "slow", "pair", "shaky", "unreserved", "mute", "mosaic", "english"}
+    assert set(models) == {*SETTINGS["engines"], "english"}
     mosaic = server.http.get("/v1/models/mosaic").json()
     assert mosaic["languages"][0] == "en"
     assert "es" in mosaic["languages"]
