@@ -169,10 +169,21 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessActivity:
+    """What is alive in a process. Neither number grows with what it has served."""
+
+    process_id: int
+    #: Tasks of the event loop that asks.
+    tasks: int
+    #: Python objects that the garbage collector knows.
+    objects: int
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaActivity:
     """Counters of one replica since it started, and the rows it works on now."""
 
-    process_id: int
+    process: ProcessActivity
     rows_open: int
     batches: int
     largest_batch: int
@@ -183,7 +194,7 @@ class ReplicaActivity:
 class RouterActivity:
     """What one router holds now."""
 
-    process_id: int
+    process: ProcessActivity
     #: Speeches and enrolments in the router, waiting ones included.
     requests: int
     #: Utterances in queues, and on replicas.

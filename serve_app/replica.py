@@ -7,7 +7,6 @@ is one batch and one stream of row chunks.
 # No postponed annotations: Serve inspects this class when it is deployed.
 import asyncio
 import logging
-import os
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -31,6 +30,7 @@ from engines.contract import (
 )
 from engines.registry import engine_class
 from serve_app.metrics import BATCH_ROWS, Metrics
+from serve_app.process import process_activity
 from serve_app.protocol import BatchTerms, EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
 from serve_app.row_batcher import RowBatcher
 from serve_app.soundness import SoundCheck
@@ -213,7 +213,7 @@ class EngineReplica:
     async def activity(self) -> ReplicaActivity:
         """What this replica does and has done."""
         return ReplicaActivity(
-            process_id=os.getpid(),
+            process=process_activity(),
             rows_open=self._batcher.rows,
             batches=self._batches,
             largest_batch=self._largest_batch,

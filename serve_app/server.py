@@ -102,6 +102,8 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
             _finish(settings.limits.shutdown_grace_s, console)
     finally:
         with console.status("Stopping…"):
+            # Serve calls it an error that the loop its handle was used in has ended.
+            logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
             serve.delete(APP_NAME)
             if address == "local":
                 reset_ray_address()
@@ -111,8 +113,13 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
 
 def _finish(grace_s: float, console: Console) -> None:
     """Let running speeches end before the graph is taken down; a second signal does not shorten it."""
+
+    async def drain() -> int:
+        # Made inside the loop: in Serve's throughput mode a handle belongs to the loop that runs.
+        return await RouterHandle(router_handle()).drain(grace_s)
+
     try:
-        left = asyncio.run(RouterHandle(router_handle()).drain(grace_s))
+        left = asyncio.run(drain())
     except Unavailable as error:
         console.print(f"Running speeches could not be waited for: {error.message}")
     else:

@@ -5,7 +5,6 @@ import asyncio
 import functools
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -36,6 +35,7 @@ from serve_app.errors import (
     VoiceNotFound,
 )
 from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
+from serve_app.process import process_activity
 from serve_app.protocol import (
     AudioFrame,
     EngineFacts,
@@ -322,7 +322,7 @@ class Router:
     async def activity(self) -> RouterActivity:
         """What this router holds now: all zero when nothing runs."""
         return RouterActivity(
-            process_id=os.getpid(),
+            process=process_activity(),
             requests=self._running,
             waiting=sum(queue.waiting for queue in self._queues.values()),
             speaking=sum(queue.speaking for queue in self._queues.values()),

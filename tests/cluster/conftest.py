@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,3 +100,27 @@ def run(
         timeout=timeout_s,
         check=False,
     )
+
+
+def look_inside(environment: dict[str, str]) -> dict[str, Any]:
+    """What routers and engine replicas of the server in this environment hold and have counted."""
+    # A handle in the throughput mode needs an event loop; one without it asks such a cluster as well.
+    kept = {name: value for name, value in environment.items() if not name.startswith("RAY_SERVE")}
+    answer = run(sys.executable, "-m", "tests.cluster.activity", environment=kept)
+    assert answer.returncode == 0, answer.stdout
+    # Ray prints what it likes beside it.
+    (line,) = (line for line in answer.stdout.splitlines() if line.startswith("{"))
+    found: dict[str, Any] = json.loads(line)
+    return found
+
+
+def raw_speech_request(data: bytes, declared_bytes: int | None = None) -> bytes:
+    """A speech request as it goes over the wire, for clients no library wants to be."""
+    length = len(data) if declared_bytes is None else declared_bytes
+    head = (
+        "POST /v1/audio/speech HTTP/1.1",
+        "Host: here",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    )
+    return "\r\n".join((*head, "", "")).encode() + data

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import sys
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import numpy as np
 import psutil
 import pytest
 
 from benchmarks.ports import free_port
-from tests.cluster.conftest import BIN, Program, haproxy_environment, run
+from tests.cluster.conftest import BIN, Program, haproxy_environment, look_inside, raw_speech_request
 from tests.cluster.test_command_line import wait_ready
 from tests.cluster.test_nodes import title
 from tests.speech import noisy_tone, wav_bytes
@@ -27,9 +26,13 @@ pytestmark = pytest.mark.timeout(900)
 #: Requests by transport mode, ten thousand in all.
 REQUESTS = {"default": 3_000, "throughput": 7_000}
 CLIENTS = 24
-#: A process may grow by this much while it answers the last two thirds of the requests.
-MAX_GROWTH_BYTES = 12 << 20
+#: The memory of a process may grow by this much, its objects by so many, over the last two thirds of the
+#: requests: far less than one for each.
+MAX_GROWTH_BYTES = 32 << 20
+MAX_MORE_OBJECTS = 500
 MAX_INPUT_CHARS = 2_000
+#: What a router or a replica may hold, and must not once nobody asks for anything.
+HELD = ("requests", "waiting", "speaking", "recordings", "readers", "rows_open")
 
 SETTINGS = {
     "engines": {
@@ -47,6 +50,18 @@ SETTINGS = {
 
 
 @dataclass(frozen=True)
+class Inside:
+    """What routers and engine replicas say of themselves."""
+
+    #: Tasks and Python objects by process.
+    alive: dict[int, tuple[int, int]]
+    #: Requests, rows, recordings and readers in hand.
+    holding: int
+    #: Speeches by the way they ended.
+    ended: Counter[str]
+
+
+@dataclass(frozen=True)
 class Server:
     """A running server and how to look inside it."""
 
@@ -55,12 +70,18 @@ class Server:
     environment: dict[str, str]
     requests: int
 
-    def inside(self) -> dict[str, list[dict[str, int]]]:
-        """What routers and engine replicas say they hold, by deployment."""
-        answer = run(sys.executable, "-m", "tests.cluster.activity", environment=self.environment)
-        assert answer.returncode == 0, answer.stdout
-        found: dict[str, list[dict[str, int]]] = json.loads(answer.stdout.splitlines()[-1])
-        return found
+    def inside(self) -> Inside:
+        """What routers and engine replicas hold and have counted."""
+        found = look_inside(self.environment)
+        replicas = [replica for replicas in found["held"].values() for replica in replicas]
+        return Inside(
+            alive={
+                held["process"]["process_id"]: (held["process"]["tasks"], held["process"]["objects"])
+                for held in replicas
+            },
+            holding=sum(replica.get(what, 0) for replica in replicas for what in HELD),
+            ended=Counter(found["ended"]),
+        )
 
     def memory_bytes(self) -> dict[str, int]:
         """Resident memory of every replica, by its name and process."""
@@ -172,7 +193,7 @@ class Crowd:
             data={"name": f"voice{number}"},
             files={"audio_sample": ("a.wav", b"RIFF" * 20)},
         )
-        return self._refused(answer, 422)
+        return self._refused(answer, 415)
 
     async def left_while_listening(self, number: int) -> str:
         """A long text, left after its first bytes."""
@@ -199,8 +220,7 @@ class Crowd:
 
     async def _raw(self, data: bytes, declared: int) -> None:
         _, writer = await asyncio.open_connection(self._host, int(self._port))
-        head = ("POST /v1/audio/speech HTTP/1.1", "Host: here", f"Content-Length: {declared}", "", "")
-        writer.write("\r\n".join(head).encode() + data)
+        writer.write(raw_speech_request(data, declared))
         await writer.drain()
         await asyncio.sleep(self._chance.random() * 0.02)
         writer.close()
@@ -227,25 +247,50 @@ KINDS: list[Callable[[Crowd, int], Awaitable[str]]] = [
 ]
 
 
-async def crowd(server: Server) -> tuple[Crowd, list[dict[str, int]]]:
-    """All requests, and the memory of the replicas at ten points on the way."""
+async def crowd(server: Server, requests: int) -> Crowd:
+    """A crowd that has sent so many requests."""
     limits = httpx.Limits(max_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
         clients = Crowd(server.url, http)
-        memory_bytes = []
-        for _ in range(10):
-            await clients.send(server.requests // 10)
-            memory_bytes.append(server.memory_bytes())
-        return clients, memory_bytes
+        await clients.send(requests)
+    assert not clients.surprises, clients.surprises
+    assert sum(clients.outcomes.values()) == requests
+    return clients
+
+
+def idle(server: Server) -> Inside:
+    """Look inside once nothing is in hand any more."""
+    deadline_s = time.monotonic() + 60
+    while (inside := server.inside()).holding:
+        assert time.monotonic() < deadline_s, inside
+    return inside
 
 
 def test_it_still_answers(server: Server) -> None:
-    clients, memory_bytes = asyncio.run(crowd(server))
-    assert not clients.surprises, clients.surprises
-    assert sum(clients.outcomes.values()) == server.requests
+    first = asyncio.run(crowd(server, server.requests // 3)).outcomes
+    before, memory_before = idle(server), server.memory_bytes()
+    clients = asyncio.run(crowd(server, server.requests - server.requests // 3))
+    after, memory_after = idle(server), server.memory_bytes()
 
-    # Nobody has died, and nobody grows with the number of requests.
-    assert [set(then) for then in memory_bytes] == [set(memory_bytes[0])] * len(memory_bytes)
-    for name in memory_bytes[0]:
-        slope, _ = np.polyfit(range(3, 10), [then[name] for then in memory_bytes[3:]], 1)
-        assert slope * 7 < MAX_GROWTH_BYTES, (name, [then[name] >> 10 for then in memory_bytes])
+    # Nobody has died, nobody grows with the number of requests, and no task is left over.
+    assert set(memory_after) == set(memory_before)
+    for name, then in memory_before.items():
+        assert memory_after[name] - then < MAX_GROWTH_BYTES, (name, then, memory_after[name])
+    for process, (tasks, objects) in before.alive.items():
+        tasks_after, objects_after = after.alive[process]
+        assert tasks_after <= tasks, process
+        assert objects_after - objects < MAX_MORE_OBJECTS, process
+
+    # Every speech ended in one way. Of those who left before an answer some had been heard, some had not.
+    outcomes = clients.outcomes + first
+    deadline_s = time.monotonic() + 60
+    while (ended := server.inside().ended)["complete"] < outcomes["whole"] or ended.total() < (
+        outcomes["whole"] + outcomes["left"]
+    ):
+        assert time.monotonic() < deadline_s, (ended, outcomes)
+    assert not ended["failed"]
+    assert ended.total() <= outcomes["whole"] + outcomes["left"] + outcomes["gone"]
+
+    asyncio.run(crowd(server, 50))
+    # Places that were left taken on a replica would hold this up.
+    assert server.program.stop() == 0, server.program.output

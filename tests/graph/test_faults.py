@@ -17,7 +17,7 @@ from tests.graph.test_speech import pcm
 def replicas_are_up(engine: str, count: int, without: int = 0) -> bool:
     """True if ``count`` replicas answer and none of them is process ``without``."""
     try:
-        alive = {replica.process_id for replica in activity(engine)}
+        alive = {replica.process.process_id for replica in activity(engine)}
     except RayActorError:
         return False  # still counted among the living
     return len(alive) == count and without not in alive
@@ -43,7 +43,7 @@ def test_killed_replica_is_not_heard(server: Server) -> None:
     busy: list[int] = []
 
     def somebody_speaks() -> bool:
-        busy[:] = [replica.process_id for replica in activity("pair") if replica.rows_open]
+        busy[:] = [replica.process.process_id for replica in activity("pair") if replica.rows_open]
         return bool(busy)
 
     eventually(somebody_speaks)

@@ -1,9 +1,13 @@
-"""Limits as in production: HAProxy in front of the ingress, Serve's throughput settings, two routers."""
+"""As in production: HAProxy in front of the ingress, Serve's throughput settings, two routers.
+
+Limits, and a reader that is slower than speech.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +16,20 @@ import httpx
 import pytest
 
 from benchmarks.ports import free_port
-from tests.cluster.conftest import BIN, Program, haproxy_environment
+from tests.cluster.conftest import BIN, Program, haproxy_environment, look_inside, raw_speech_request
 from tests.cluster.test_command_line import wait_ready
 from tests.speech import noisy_tone, wav_bytes
 
+SENTENCES = 600
+BOOK = " ".join(f"This is sentence number {number} of a very long book." for number in range(SENTENCES))
+CHUNK_S = 0.2
 LONG = "This is a long text that goes on and on for a while. " * 40
 
 
 @pytest.fixture(scope="module")
-def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def served(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, dict[str, str]]]:
     """A server behind HAProxy, which is trusted as if another proxy in front of it told addresses."""
     folder = tmp_path_factory.mktemp("haproxy")
     settings = {
@@ -29,7 +38,7 @@ def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
             "slow": {"engine": "tone", "config": {"step_s": 0.1}, "replicas": {"num_cpus": 0.1}},
         },
         "router": {"min_replicas": 2, "max_replicas": 2},
-        "limits": {"per_ip": {"requests_per_minute": 3}},
+        "limits": {"per_ip": {"requests_per_minute": 3}, "max_input_chars": len(BOOK)},
         "keys": {
             name: {"sha256": hashlib.sha256(name.encode()).hexdigest(), **quota}
             for name, quota in {"owner": {}, "narrow": {"concurrent": 1}}.items()
@@ -57,10 +66,15 @@ def url(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
         httpx.post(
             f"{found}/v1/audio/voices", data={"name": "me"}, files=sample, headers=owner, timeout=60
         ).raise_for_status()
-        yield found
+        yield found, environment
     finally:
         program.stop()
         program.kill_all()
+
+
+@pytest.fixture
+def url(served: tuple[str, dict[str, str]]) -> str:
+    return served[0]
 
 
 def body(text: str = "Hello.", model: str = "tone") -> dict[str, str]:
@@ -92,3 +106,30 @@ def test_slots_come_back_when_clients_leave(url: str) -> None:
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         assert [speak(url, **narrow) for _ in range(6)] == [200] * 6
+
+
+def test_slow_reader_holds_its_own_engine_back(served: tuple[str, dict[str, str]]) -> None:
+    """1 KB a second of a book: what is ahead of the reader lies in sockets and in the look-ahead, bounded."""
+    url, environment = served
+
+    def spoken_s() -> float:
+        return sum(replica["chunks"] for replica in look_inside(environment)["held"]["engine-tone"]) * CHUNK_S
+
+    before_s = spoken_s()
+    data = json.dumps(body(BOOK)).encode()
+    with socket.socket() as reader:
+        reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        reader.settimeout(60)
+        reader.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        reader.sendall(raw_speech_request(data))
+        assert reader.recv(1024).startswith(b"HTTP/1.1 200")
+        ahead_s, last_s = 0.0, -1.0
+        while ahead_s != last_s:
+            for _ in range(4):
+                time.sleep(1)
+                assert reader.recv(1024)
+            ahead_s, last_s = spoken_s() - before_s, ahead_s
+    characters = sum(character.isalnum() for character in BOOK)
+    # Linux lets a socket hold some megabytes, of 48 kB a second, in each of two connections.
+    assert ahead_s < 60 + 8 * 4 + 2 * 140
+    assert ahead_s < characters * 0.06 / 3
