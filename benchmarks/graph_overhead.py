@@ -394,7 +394,8 @@ def print_table(rows: Sequence[Mapping[str, str | float]]) -> None:
         print(f"{row['requests']:<20}{row['server']:<12}{row['n']:>5}{columns}")
 
 
-def _end(_signal: int, _frame: FrameType | None) -> NoReturn:
+def end_on_signal(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """A handler of SIGTERM: what was started is stopped on the way out."""
     raise SystemExit("Stopped.")
 
 
@@ -411,7 +412,7 @@ def main() -> None:
     models = ["tone"] if quick else list(MODELS)
     series = [INSTANT, LIVE, READY] if quick else [INSTANT, LIVE, READY, CROWD, PACED]
     # A killed benchmark must not leave two clusters behind.
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_on_signal)
     at_start = machine()
     # Directly under /tmp: Ray keeps sockets here, and their paths may have 107 characters at most.
     with (
