@@ -55,6 +55,9 @@ class EngineError(Exception):
         self.message = message
         self.next_step = next_step
 
+    def __str__(self) -> str:
+        return f"{self.message} {self.next_step}".strip()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild_error, (type(self), self.message, self.next_step))
 
