@@ -52,7 +52,7 @@ SAMPLE_RATE_HZ = 24_000
 SLOTS = 16
 #: A fifth of the layers: what a token costs shrinks with them, and HiFi-GAN weighs more than it should.
 QUICK_SIZE: Final = Size(6, 1024, 16, 6681)
-FULL_TOKENS, QUICK_TOKENS = 140, 24
+FULL_TOKENS, QUICK_TOKENS = 140, 20
 #: Utterances at once, and turns.
 FULL_TURNS: Final = {1: 3, 2: 1, 4: 1, 8: 1, 16: 1}
 QUICK_TURNS: Final = {1: 1, 16: 1}
