@@ -10,5 +10,5 @@ _DEFAULT_MODELS_DIR = "~/.local/share/voice-clone/models"
 
 
 def weights_dir(engine: str) -> Path:
-    """Folder of the weights of ``engine``: under ``$VOICE_CLONE_MODELS_DIR``, or the default models folder."""
+    """Folder of the weights of ``engine``, in ``$VOICE_CLONE_MODELS_DIR`` or the default models folder."""
     return Path(os.environ.get(MODELS_DIR_VARIABLE) or _DEFAULT_MODELS_DIR).expanduser() / engine

@@ -2,12 +2,14 @@
 
 Utterances of any calls join and leave between two turns. A turn is
 
-1. drop what nobody waits for; 2. take one waiting utterance into a free slot and read its prompt; 3. one decode
-step for all slots; 4. vocode windows, the ones first that a listener needs first.
+1. drop what nobody waits for;
+2. take one waiting utterance into a free slot and read its prompt;
+3. one decode step for all slots;
+4. vocode windows, the ones first that a listener needs first.
 
-One prompt a turn keeps newcomers from stopping everybody else. On a CPU windows are vocoded one at a time (side
-by side they fall out of its cache, and are slower) and few a turn; on CUDA all that are due, those of equal size
-together.
+One prompt a turn keeps newcomers from stopping everybody else. On a CPU windows are vocoded one at a time
+(side by side they fall out of its cache, and are slower) and few a turn; on CUDA all that are due, those of
+equal size together.
 """
 
 from __future__ import annotations
@@ -168,7 +170,9 @@ class DecodeLoop:
         for slot, token, latent in zip(slots, tokens, latents, strict=True):
             speech = self._live[slot]
             if token is None:
-                speech.fail(SynthesisFailed("The model gave values that are not numbers.", next_step="Try again."))
+                speech.fail(
+                    SynthesisFailed("The model gave values that are not numbers.", next_step="Try again.")
+                )
             else:
                 speech.add(token, latent, self._decoder.stop_token)
 

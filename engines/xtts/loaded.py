@@ -1,4 +1,4 @@
-"""Everything that exists once the model is loaded: its modules on their device, and the running decode loop."""
+"""Everything that exists once the model is loaded: its modules on their device, the running decode loop."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from engines.xtts.vocoder import Vocoder
 if TYPE_CHECKING:
     from engines.xtts.engine import XttsConfig
 
-#: Audio tokens an utterance may take: so many, and so many for each character it is read as. Speech takes about
-#: 1.3 a character; a multiple of that is a model that has lost its way.
+#: Audio tokens an utterance may take: so many, and so many for each character it is read as. Speech takes
+#: about 1.3 a character; a multiple of that is a model that has lost its way.
 _TOKENS_AT_LEAST, _TOKENS_PER_CHARACTER = 60, 4
-_WARM_UP_TEXT, _WARM_UP_TOKENS = "Hello.", 4
+_WARM_UP_TEXT = "Hello."
 
 
 class LoadedXtts:
@@ -142,8 +142,8 @@ class LoadedXtts:
         )
 
     def _warm_up(self) -> None:
-        """Speak a few tokens: what is allocated or compiled at first use is so now. Raises ``ModelError``."""
-        outbox = self.new_outbox()
+        """Speak up to a first chunk: what is set up at first use is so now. Raises ``ModelError``."""
+        outbox, enough = self.new_outbox(), Abandon()
         tokens, _ = self._text.tokens(_WARM_UP_TEXT, "en")
         order = Order(
             row=0,
@@ -153,25 +153,22 @@ class LoadedXtts:
             sampling=self._defaults,
             seed=0,
             speed=1.0,
-            max_tokens=_WARM_UP_TOKENS,
+            max_tokens=self._max_tokens,
             trim_end=False,
-            abandoned=(),
+            abandoned=(enough,),
             outbox=outbox,
         )
         self.loop.submit([order])
-        while True:
-            news = outbox.get()
-            if isinstance(news, Chunk) and news.error is not None:
-                raise _warm_up_failure(news.error)
-            if isinstance(news, Chunk) and news.last:
-                break
-        self.loop.runaways = 0
+        while isinstance(news := outbox.get(), Chunk) and not news.last:
+            enough.set()
+        if isinstance(news, Chunk) and news.error is not None:
+            raise _warm_up_failure(news.error)
 
 
 def _warm_up_failure(error: EngineError) -> ModelError:
     return ModelCorrupt(
         f"XTTS-v2 was read but cannot speak: {error.message}",
-        next_step="Verify its files with 'voice-clone models verify xtts'; if they are whole, use fewer slots.",
+        next_step="Run 'voice-clone models verify xtts'; if its files are whole, use fewer slots.",
     )
 
 

@@ -60,8 +60,8 @@ class Speech:
 
     order: Order
     stretch: Stretch
-    #: Tokens after which each window is cut; the last size repeats. Sizes follow the count of tokens alone, so
-    #: that windows, and with them every bit of the samples, are the same under any load.
+    #: Tokens after which each window is cut; the last size repeats. Cuts follow the count of tokens alone: so
+    #: windows, and with them every bit of the samples, are the same under any load.
     window_tokens: Sequence[int]
     ending: Ending
     tokens: list[int] = field(default_factory=list)
@@ -136,4 +136,3 @@ class Speech:
         """End it without a word: nobody waits."""
         self.closed = True
         self.order.outbox.put(Gone(self.order.row))
-
