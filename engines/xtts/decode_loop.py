@@ -210,7 +210,7 @@ class DecodeLoop:
             self._deliver(speech, samples, last)
 
     def _deliver(self, speech: Speech, samples: np.ndarray, last: bool) -> None:
-        speech.deliver(samples, last, self._sample_rate_hz)
+        chunk = speech.chunk(samples, last, self._sample_rate_hz)
         if speech.closed and speech.ran_away:
             self.runaways += 1
             logger.warning(
@@ -218,6 +218,8 @@ class DecodeLoop:
                 len(speech.order.text_tokens),
                 len(speech.tokens),
             )
+        if len(chunk.samples) or chunk.last:
+            speech.order.outbox.put(chunk)
 
     def _speech(self, order: Order) -> Speech:
         stretch = self._vocoder.stretch(order.speed)
