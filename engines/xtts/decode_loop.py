@@ -230,6 +230,11 @@ def _told(error: Exception) -> EngineError:
     """``error`` as the contract has it."""
     if isinstance(error, EngineError):
         return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OutOfMemory("Not enough memory for this utterance.", next_step="Use fewer slots.")
     return SynthesisFailed(f"Synthesis failed: {error}", next_step="Try again; report it if it stays.")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True if ``error`` is how Python, CUDA or torch on a CPU says that memory is used up."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

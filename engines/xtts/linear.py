@@ -45,7 +45,7 @@ def make_linear(weight: Tensor, bias: Tensor, precision: Precision, device: torc
         return _Int8Linear(weight, bias)
     kind = activation_type(precision)
     weight, bias = weight.to(device, kind).contiguous(), bias.to(device, kind)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return _PackedLinear(weight, bias)
     return lambda x: functional.linear(x, weight, bias)
 

@@ -22,7 +22,7 @@ from engines.contract import (
     Utterance,
 )
 from engines.xtts import conditioning
-from engines.xtts.decode_loop import DecodeLoop
+from engines.xtts.decode_loop import DecodeLoop, is_out_of_memory
 from engines.xtts.decoder import Decoder
 from engines.xtts.linear import Precision
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
@@ -61,19 +61,27 @@ class LoadedXtts:
         )
         self.slot_bytes = slot_bytes(network.gpt, settings.precision)
         require_room(settings.slots, self.slot_bytes, settings.cache_mb, self._device)
-        decoder = Decoder(
-            network.gpt,
-            settings.slots,
-            cache_columns(network.gpt),
-            settings.precision,
-            self._device,
-            static=self._device.type == "cuda",
-            graphs=settings.cuda_graphs,
-        )
+        try:
+            decoder = Decoder(
+                network.gpt,
+                settings.slots,
+                cache_columns(network.gpt),
+                settings.precision,
+                self._device,
+                static=self._device.type == "cuda",
+                graphs=settings.cuda_graphs,
+            )
+            # The decoder has its own copy of these; conditioning and vocoder need the rest.
+            network.gpt.gpt = network.gpt.text_head = None
+            network.to(self._device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"XTTS-v2 with {settings.slots} slots does not fit into the memory of {self._device}.",
+                next_step="Set fewer slots, or precision: bf16.",
+            ) from error
         self._max_tokens = decoder.max_tokens
-        # The decoder has its own copy of these; conditioning and vocoder need the rest.
-        network.gpt.gpt = network.gpt.text_head = None
-        network.to(self._device)
         vocoder = Vocoder(network.hifigan_decoder)
         self.loop = DecodeLoop(
             decoder,

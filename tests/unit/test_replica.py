@@ -66,6 +66,7 @@ async def test_batch_comes_back_as_the_engine_made_it() -> None:
     one, two = await speak(replica, call("one"), call("two", speed=0.5))
     np.testing.assert_array_equal(one, render(Utterance("one", "en", VOICE, seed=1)))
     assert len(two) == 2 * len(one)
+    await let_go(replica)
     activity = await replica.activity()
     assert (activity.rows_open, activity.batches, activity.largest_batch) == (0, 1, 2)
 

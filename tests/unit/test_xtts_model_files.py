@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.contract import LicenceNotAccepted, ModelCorrupt, ModelError, ModelMissing
+from engines.contract import LicenceNotAccepted, ModelCorrupt, ModelError, ModelMissing, Samples
 from engines.coqui import prepare_coqui
 from engines.weights import MODELS_DIR_VARIABLE, weights_dir
 from engines.xtts.engine import XttsConfig, XttsEngine
@@ -154,9 +154,9 @@ def test_weights_lie_in_the_models_folder(monkeypatch: pytest.MonkeyPatch, tmp_p
         engine.load()
 
 
-def tone(seconds: float, level: float = 0.5) -> np.ndarray:
+def tone(seconds: float, level: float = 0.5) -> Samples:
     """A tone at 1 kHz sampling; ``level`` is its peak."""
-    return (level * np.sin(np.arange(round(seconds * 1000)) * 1.3)).astype(np.float32)
+    return np.asarray(level * np.sin(np.arange(round(seconds * 1000)) * 1.3), np.float32)
 
 
 def test_what_follows_the_last_sound_is_cut() -> None:
