@@ -58,6 +58,6 @@ def engine_class(name: str) -> type[Engine]:
 
 
 def make_engine(name: str, settings: Mapping[str, Any]) -> Engine:
-    """The engine ``name`` with these settings, not loaded. Raises as ``engine_class``, or ``ValidationError``."""
+    """Engine ``name`` with these settings, not loaded. Raises as ``engine_class``, or ``ValidationError``."""
     kind = engine_class(name)
     return kind(kind.Config.model_validate(settings))

@@ -71,9 +71,7 @@ class EngineReplica:
         self._proven: Utterance | None = None
         self._failures = 0
         self._batches = self._largest_batch = self._chunks = 0
-        self._threads = ThreadPoolExecutor(
-            self._engine.concurrent_batches, thread_name_prefix="synthesize"
-        )
+        self._threads = ThreadPoolExecutor(self._engine.concurrent_batches, thread_name_prefix="synthesize")
         self._enrolment = ThreadPoolExecutor(1, thread_name_prefix="extract_voice")
 
     async def identify(self) -> str:

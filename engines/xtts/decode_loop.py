@@ -2,12 +2,14 @@
 
 Utterances of any calls join and leave between two turns. A turn is
 
-1. drop what nobody waits for; 2. take one waiting utterance into a free slot and read its prompt; 3. one decode
-step for all slots; 4. vocode windows, the ones first that a listener needs first.
+1. drop what nobody waits for;
+2. take one waiting utterance into a free slot and read its prompt;
+3. one decode step for all slots;
+4. vocode windows, the ones first that a listener needs first.
 
-One prompt a turn keeps newcomers from stopping everybody else. On a CPU windows are vocoded one at a time (side
-by side they fall out of its cache, and are slower) and few a turn; on CUDA all that are due, those of equal size
-together.
+One prompt a turn keeps newcomers from stopping everybody else. On a CPU windows are vocoded one at a time
+(side by side they fall out of its cache, and are slower) and few a turn; on CUDA all that are due, those of
+equal size together.
 """
 
 from __future__ import annotations
@@ -168,7 +170,9 @@ class DecodeLoop:
         for slot, token, latent in zip(slots, tokens, latents, strict=True):
             speech = self._live[slot]
             if token is None:
-                speech.fail(SynthesisFailed("The model gave values that are not numbers.", next_step="Try again."))
+                speech.fail(
+                    SynthesisFailed("The model gave values that are not numbers.", next_step="Try again.")
+                )
             else:
                 speech.add(token, latent, self._decoder.stop_token)
 
@@ -206,7 +210,7 @@ class DecodeLoop:
             self._deliver(speech, samples, last)
 
     def _deliver(self, speech: Speech, samples: np.ndarray, last: bool) -> None:
-        speech.deliver(samples, last, self._sample_rate_hz)
+        chunk = speech.chunk(samples, last, self._sample_rate_hz)
         if speech.closed and speech.ran_away:
             self.runaways += 1
             logger.warning(
@@ -214,6 +218,8 @@ class DecodeLoop:
                 len(speech.order.text_tokens),
                 len(speech.tokens),
             )
+        if len(chunk.samples) or chunk.last:
+            speech.order.outbox.put(chunk)
 
     def _speech(self, order: Order) -> Speech:
         stretch = self._vocoder.stretch(order.speed)
@@ -224,6 +230,11 @@ def _told(error: Exception) -> EngineError:
     """``error`` as the contract has it."""
     if isinstance(error, EngineError):
         return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         return OutOfMemory("Not enough memory for this utterance.", next_step="Use fewer slots.")
     return SynthesisFailed(f"Synthesis failed: {error}", next_step="Try again; report it if it stays.")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True if ``error`` is how Python, CUDA or torch on a CPU says that memory is used up."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

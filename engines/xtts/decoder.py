@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from engines.xtts.linear import Linear, Precision, activation_type, make_linear, row_floor
 
@@ -121,7 +121,9 @@ class Decoder:
             query, key, value = self._query_key_value(layer, x)
             self._keys[number, slot, :, :length] = key
             self._values[number, slot, :, :length] = value
-            attended = F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True)
+            attended = functional.scaled_dot_product_attention(
+                query[None], key[None], value[None], is_causal=True
+            )
             x = self._after_attention(layer, x, attended[0].transpose(0, 1))
         self._filled[slot] = length
         logits, latent = self._ends(self._padded(x[-1:]))
@@ -148,7 +150,7 @@ class Decoder:
                 keys, values = self._keys[number, slot], self._values[number, slot]
                 keys[:, column], values[:, column] = key[:, row], value[:, row]
                 seen = slice(0, column + 1)
-                attended[row] = F.scaled_dot_product_attention(
+                attended[row] = functional.scaled_dot_product_attention(
                     query[None, :, row : row + 1], keys[None, :, seen], values[None, :, seen]
                 )[0, :, 0]
             x = self._after_attention(layer, x, attended)
@@ -158,7 +160,7 @@ class Decoder:
     def _padded(self, x: Tensor) -> Tensor:
         """``x`` [n, width] with rows nobody looks at, so that its products have the bits of a batch."""
         missing = self._row_floor - len(x)
-        return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+        return functional.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
     def _query_key_value(self, layer: _Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each [heads, n, head width]."""
@@ -169,7 +171,9 @@ class Decoder:
     def _after_attention(self, layer: _Layer, x: Tensor, attended: Tensor) -> Tensor:
         """``attended``: [n, heads, head width]."""
         x = x + layer.attention_out(attended.reshape(len(x), self._width))
-        inner = F.gelu(layer.perceptron_in(_normalised(x, layer.before_perceptron)), approximate="tanh")
+        inner = functional.gelu(
+            layer.perceptron_in(_normalised(x, layer.before_perceptron)), approximate="tanh"
+        )
         return x + layer.perceptron_out(inner)
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +190,7 @@ class _StaticStep:
         device = decoder._device
         self._rows = torch.arange(slots, device=device)
         self._columns = torch.arange(decoder._keys.shape[3], device=device)
-        # Row by row: token, position, column to write. Free slots write into column 0, which a prompt overwrites.
+        # Token, position and column to write. Free slots write into column 0, which a prompt overwrites.
         self._inputs = torch.zeros(3, slots, dtype=torch.long, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs = self._forward()
@@ -194,7 +198,7 @@ class _StaticStep:
             self._capture()
 
     def _capture(self) -> None:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -229,7 +233,7 @@ class _StaticStep:
             keys, values = decoder._keys[number], decoder._values[number]
             keys[self._rows, :, filled] = key.transpose(0, 1)
             values[self._rows, :, filled] = value.transpose(0, 1)
-            attended = F.scaled_dot_product_attention(
+            attended = functional.scaled_dot_product_attention(
                 query.transpose(0, 1)[:, :, None], keys, values, attn_mask=seen
             )
             x = decoder._after_attention(layer, x, attended[:, :, 0])
@@ -238,4 +242,4 @@ class _StaticStep:
 
 def _normalised(x: Tensor, norm: _Norm) -> Tensor:
     weight, bias, epsilon = norm
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)
+    return functional.layer_norm(x, (x.shape[-1],), weight, bias, epsilon)

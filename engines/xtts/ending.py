@@ -1,8 +1,8 @@
 """Where an utterance ends to the ear.
 
 XTTS does not always stop when the text is spoken: silence, breath or noise may follow, up to the longest
-speech it can make. Silence is therefore held back until sound follows. What is left of it at the end is cut, and
-more of it than a pause ends the utterance.
+speech it can make. Silence is therefore held back until sound follows. What is left of it at the end is cut,
+and more of it than a pause ends the utterance.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class XttsEngine(Engine):
         """Read the checkpoint, fit the slots into memory, start the decode loop and let it speak once."""
         self.unload()
         prepare_coqui("xtts")
-        from engines.xtts.loaded import LoadedXtts  # noqa: PLC0415 - it needs torch: see above
+        from engines.xtts.loaded import LoadedXtts
 
         self._loaded = LoadedXtts(self.settings, self.settings.model_dir or weights_dir(_NAME))
 
@@ -148,7 +148,7 @@ class XttsEngine(Engine):
     def synthesize(self, batch: Sequence[Utterance]) -> Iterator[Chunk]:
         """Have ``batch`` spoken by the decode loop, together with what other calls brought to it.
 
-        An utterance that waits for a slot, or whose audio takes long, yields empty chunks while the loop works.
+        While an utterance waits for a slot or its audio takes long, empty chunks say that the loop works.
         """
         loaded = self._require_loaded()
         outbox = loaded.new_outbox()

@@ -5,8 +5,8 @@ would sound slightly different alone and in a batch, and after some tokens quite
 kernels give equal bits from a few rows on; ``row_floor`` finds out from how many, on the weights at hand.
 
 ``int8`` quantises weights per output channel and activations per row, as they come. The usual dynamic
-quantisation takes one scale for the whole batch, which would tie its rows together. Sums of products are whole
-numbers and so the same in any order.
+quantisation takes one scale for the whole batch, which would tie its rows together. Sums of products are
+whole numbers and so the same in any order.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Linear = Callable[[Tensor], Tensor]
@@ -45,9 +45,9 @@ def make_linear(weight: Tensor, bias: Tensor, precision: Precision, device: torc
         return _Int8Linear(weight, bias)
     kind = activation_type(precision)
     weight, bias = weight.to(device, kind).contiguous(), bias.to(device, kind)
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return _PackedLinear(weight, bias)
-    return lambda x: F.linear(x, weight, bias)
+    return lambda x: functional.linear(x, weight, bias)
 
 
 class _PackedLinear:
@@ -89,7 +89,9 @@ def _has_vnni() -> bool:
     return supported
 
 
-def row_floor(linears: Sequence[tuple[Linear, int]], rows: int, kind: torch.dtype, device: torch.device) -> int:
+def row_floor(
+    linears: Sequence[tuple[Linear, int]], rows: int, kind: torch.dtype, device: torch.device
+) -> int:
     """Fewest rows to compute at once for a row to be the same alone and among up to ``rows``.
 
     ``linears``: each with the width of its input. In the worst case ``rows`` itself: always a full batch.

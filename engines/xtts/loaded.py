@@ -1,4 +1,4 @@
-"""Everything that exists once the model is loaded: its modules on their device, and the running decode loop."""
+"""Everything that exists once the model is loaded: its modules on their device, the running decode loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engines.contract import (
     Utterance,
 )
 from engines.xtts import conditioning
-from engines.xtts.decode_loop import DecodeLoop
+from engines.xtts.decode_loop import DecodeLoop, is_out_of_memory
 from engines.xtts.decoder import Decoder
 from engines.xtts.linear import Precision
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
@@ -35,10 +35,10 @@ from engines.xtts.vocoder import Vocoder
 if TYPE_CHECKING:
     from engines.xtts.engine import XttsConfig
 
-#: Audio tokens an utterance may take: so many, and so many for each character it is read as. Speech takes about
-#: 1.3 a character; a multiple of that is a model that has lost its way.
+#: Audio tokens an utterance may take: so many, and so many for each character it is read as. Speech takes
+#: about 1.3 a character; a multiple of that is a model that has lost its way.
 _TOKENS_AT_LEAST, _TOKENS_PER_CHARACTER = 60, 4
-_WARM_UP_TEXT, _WARM_UP_TOKENS = "Hello.", 4
+_WARM_UP_TEXT = "Hello."
 
 
 class LoadedXtts:
@@ -61,19 +61,27 @@ class LoadedXtts:
         )
         self.slot_bytes = slot_bytes(network.gpt, settings.precision)
         require_room(settings.slots, self.slot_bytes, settings.cache_mb, self._device)
-        decoder = Decoder(
-            network.gpt,
-            settings.slots,
-            cache_columns(network.gpt),
-            settings.precision,
-            self._device,
-            static=self._device.type == "cuda",
-            graphs=settings.cuda_graphs,
-        )
+        try:
+            decoder = Decoder(
+                network.gpt,
+                settings.slots,
+                cache_columns(network.gpt),
+                settings.precision,
+                self._device,
+                static=self._device.type == "cuda",
+                graphs=settings.cuda_graphs,
+            )
+            # The decoder has its own copy of these; conditioning and vocoder need the rest.
+            network.gpt.gpt = network.gpt.text_head = None
+            network.to(self._device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ModelError(
+                f"XTTS-v2 with {settings.slots} slots does not fit into the memory of {self._device}.",
+                next_step="Set fewer slots, or precision: bf16.",
+            ) from error
         self._max_tokens = decoder.max_tokens
-        # The decoder has its own copy of these; conditioning and vocoder need the rest.
-        network.gpt.gpt = network.gpt.text_head = None
-        network.to(self._device)
         vocoder = Vocoder(network.hifigan_decoder)
         self.loop = DecodeLoop(
             decoder,
@@ -142,8 +150,8 @@ class LoadedXtts:
         )
 
     def _warm_up(self) -> None:
-        """Speak a few tokens: what is allocated or compiled at first use is so now. Raises ``ModelError``."""
-        outbox = self.new_outbox()
+        """Speak up to a first chunk: what is set up at first use is so now. Raises ``ModelError``."""
+        outbox, enough = self.new_outbox(), Abandon()
         tokens, _ = self._text.tokens(_WARM_UP_TEXT, "en")
         order = Order(
             row=0,
@@ -153,25 +161,22 @@ class LoadedXtts:
             sampling=self._defaults,
             seed=0,
             speed=1.0,
-            max_tokens=_WARM_UP_TOKENS,
+            max_tokens=self._max_tokens,
             trim_end=False,
-            abandoned=(),
+            abandoned=(enough,),
             outbox=outbox,
         )
         self.loop.submit([order])
-        while True:
-            news = outbox.get()
-            if isinstance(news, Chunk) and news.error is not None:
-                raise _warm_up_failure(news.error)
-            if isinstance(news, Chunk) and news.last:
-                break
-        self.loop.runaways = 0
+        while isinstance(news := outbox.get(), Chunk) and not news.last:
+            enough.set()
+        if isinstance(news, Chunk) and news.error is not None:
+            raise _warm_up_failure(news.error)
 
 
 def _warm_up_failure(error: EngineError) -> ModelError:
     return ModelCorrupt(
         f"XTTS-v2 was read but cannot speak: {error.message}",
-        next_step="Verify its files with 'voice-clone models verify xtts'; if they are whole, use fewer slots.",
+        next_step="Run 'voice-clone models verify xtts'; if its files are whole, use fewer slots.",
     )
 
 

@@ -48,10 +48,8 @@ def require_room(slots: int, bytes_per_slot: int, budget_mb: int | None, device:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    free = []
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free.append(int(line.split()[1]) << 10)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
     # A container may have less than its machine.
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and (allowed := limit.read_text().strip()) != "max":

@@ -188,5 +188,5 @@ def _fingerprint(state: Mapping[str, Tensor], config: XttsConfig) -> str:
     for name in sorted(state):
         if name.startswith(_CONDITIONING_PARTS):
             digest.update(name.encode())
-            digest.update(memoryview(state[name].contiguous().numpy()).cast("B"))
+            digest.update(state[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

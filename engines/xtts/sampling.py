@@ -46,7 +46,8 @@ class Sampling:
             if not fits or not low <= value <= high:
                 kind = "a whole number" if whole else "a number"
                 raise UnsupportedOption(
-                    f"'{name}' is {kind} from {low:g} to {high:g}.", next_step=f"Leave '{name}' out or change it."
+                    f"'{name}' is {kind} from {low:g} to {high:g}.",
+                    next_step=f"Leave '{name}' out or change it.",
                 )
         return replace(self, **options)
 
@@ -58,7 +59,9 @@ class Sampler:
         self._start_token = start_token
         self._device = device
         self._seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
-        self._temperature, self._top_p, self._penalty = (torch.ones(slots, 1, device=device) for _ in range(3))
+        self._temperature, self._top_p, self._penalty = (
+            torch.ones(slots, 1, device=device) for _ in range(3)
+        )
         self._top_k = torch.ones(slots, 1, dtype=torch.long, device=device)
         self._draws = [torch.Generator() for _ in range(slots)]
         self._rank = torch.arange(vocabulary, device=device)
@@ -75,7 +78,7 @@ class Sampler:
         self._draws[slot].manual_seed(seed % 2**63)
 
     def draw(self, slots: Sequence[int], logits: Tensor) -> list[int | None]:
-        """Next token of each of ``slots`` from ``logits`` [n, vocabulary]; None where they are not numbers."""
+        """Next token of each of ``slots`` from ``logits`` [n, vocabulary]; None where they are no number."""
         rows = torch.tensor(slots, device=self._device)
         chance = torch.stack([torch.rand(1, generator=self._draws[slot]) for slot in slots]).to(self._device)
         logits = logits.float()
@@ -96,6 +99,5 @@ class Sampler:
         drawn = tokens.gather(1, place)
         self._seen[rows] = self._seen[rows].scatter(1, drawn, torch.ones_like(drawn, dtype=torch.bool))
         return [
-            token if good else None
-            for token, good in zip(drawn[:, 0].tolist(), sound.tolist(), strict=True)
+            token if good else None for token, good in zip(drawn[:, 0].tolist(), sound.tolist(), strict=True)
         ]

@@ -60,8 +60,8 @@ class Speech:
 
     order: Order
     stretch: Stretch
-    #: Tokens after which each window is cut; the last size repeats. Sizes follow the count of tokens alone, so
-    #: that windows, and with them every bit of the samples, are the same under any load.
+    #: Tokens after which each window is cut; the last size repeats. Cuts follow the count of tokens alone: so
+    #: windows, and with them every bit of the samples, are the same under any load.
     window_tokens: Sequence[int]
     ending: Ending
     tokens: list[int] = field(default_factory=list)
@@ -114,8 +114,8 @@ class Speech:
             self._frames = window.last
         return window, last
 
-    def deliver(self, samples: Samples, last: bool, sample_rate_hz: int) -> None:
-        """Samples of the window taken before."""
+    def chunk(self, samples: Samples, last: bool, sample_rate_hz: int) -> Chunk:
+        """What may be heard once ``samples``, of the window taken before, are there."""
         if self.order.trim_end:
             samples = self.ending.push(samples)
             if self.ending.passed and not last:
@@ -124,8 +124,7 @@ class Speech:
                 samples = np.concatenate([samples, self.ending.finish()])
         self._heard_at_s = max(self._heard_at_s, time.monotonic()) + len(samples) / sample_rate_hz
         self.closed = last
-        if len(samples) or last:
-            self.order.outbox.put(Chunk(self.order.row, samples, last))
+        return Chunk(self.order.row, samples, last)
 
     def fail(self, error: EngineError) -> None:
         """End it with ``error``."""
@@ -136,4 +135,3 @@ class Speech:
         """End it without a word: nobody waits."""
         self.closed = True
         self.order.outbox.put(Gone(self.order.row))
-

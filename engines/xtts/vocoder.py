@@ -1,9 +1,9 @@
 """From latents to samples, a window at a time, with no seam between windows.
 
-The HiFi-GAN of XTTS hears ``CONTEXT_FRAMES`` on each side of a frame. A window is run over its frames and that
-much around them, and only its own samples are kept: what is streamed is what one run over the whole utterance
-gives. Before it, latents are stretched twice by linear interpolation (to 256 samples of 22.05 kHz a frame, then
-to as many of 24 kHz), and first of all by ``1 / speed``; both on the grid of the whole utterance.
+The HiFi-GAN of XTTS hears ``CONTEXT_FRAMES`` on each side of a frame. A window is run over its frames and
+that much around them, and only its own samples are kept: what is streamed is what one run over the whole
+utterance gives. Before it, latents are stretched twice by linear interpolation (to 256 samples of 22.05 kHz a
+frame, then to as many of 24 kHz), and first of all by ``1 / speed``; all on the grid of the whole utterance.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Vocoder:
 
     @staticmethod
     def window(stretch: Stretch, latents: Tensor, done: int, ended: bool) -> Window | None:
-        """The frames after the first ``done`` that ``latents`` [n, width] determine; None if there are none."""
+        """The frames after the first ``done`` that ``latents`` [n, width] determine, or None if none."""
         known = stretch.length(len(latents)) if ended else stretch.settled(len(latents))
         last = known if ended else known - CONTEXT_FRAMES
         if last <= done:
@@ -111,7 +111,7 @@ class Vocoder:
         return Window(done, last, done - start, features.t())
 
     def samples(self, windows: Sequence[Window], embeddings: Sequence[Tensor]) -> list[Tensor]:
-        """Samples [frames * 256] of each of ``windows``, all of equal size; ``embeddings`` [512] are the voices."""
+        """Samples [frames * 256] of each of ``windows``, which are of equal size, in the voices [512]."""
         features = torch.stack([window.features for window in windows])
         waves = self._network(features, g=torch.stack(list(embeddings))[:, :, None])[:, 0]
         return [

@@ -1,8 +1,8 @@
 """XTTS-v2 checkpoints with random weights, in the genuine format: the published files, read by the same code.
 
 ``python -m tests.checkpoints.xtts FOLDER [--size full]``. They make noise, not speech; the stop token comes
-after about ``stop_after`` audio tokens. HiFi-GAN and speaker encoder have the published size in both (coqui-tts
-fixes it); a tiny GPT is 4 layers of width 64.
+after about ``stop_after`` audio tokens. HiFi-GAN and speaker encoder have the published size in both, which
+coqui-tts fixes; a tiny GPT is 4 layers of width 64.
 """
 
 from __future__ import annotations
