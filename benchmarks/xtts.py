@@ -6,7 +6,8 @@
 The first run of either makes its checkpoint, which takes longer. Two processes each load it and take
 turns, so that whatever else the machine does hits both:
 
-- ``ours``      ``engines.xtts``, its int8 decoder on a CPU, bf16 on CUDA, up to 16 utterances at once;
+- ``ours``      ``engines.xtts``, up to 16 utterances at once, its decoder in ``--precision``: int8 on a CPU
+                and bf16 on CUDA if left out, where the engine's own default is fp32;
 - ``baseline``  ``Xtts.inference`` and ``Xtts.inference_stream`` of coqui-tts with their defaults, in float32.
 
 The weights are random, of the published size: nothing here says how it sounds. Their stop token is bent to
@@ -39,7 +40,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 
@@ -56,6 +57,7 @@ FULL_TOKENS, QUICK_TOKENS = 140, 20
 #: Utterances at once, and turns.
 FULL_TURNS: Final = {1: 3, 2: 1, 4: 1, 8: 1, 16: 1}
 QUICK_TURNS: Final = {1: 1, 16: 1}
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
 OURS, WHOLE, STREAM = "ours", "inference", "inference_stream"
 TEXTS: Final = tuple(
     f"{opening} the streaming server should begin to speak soon, and {rest} must follow in time."
@@ -145,20 +147,30 @@ def _stop_exactly_after(tokens: int, file: Path) -> None:
     torch.save(content, file)
 
 
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What both sides run on; ``precision`` is ours alone."""
+
+    folder: Path
+    threads: int
+    device: str
+    precision: Precision
+
+
 class Ours:
     """The engine, with a voice of its checkpoint."""
 
-    def __init__(self, folder: Path, threads: int, device: str) -> None:
+    def __init__(self, setup: Setup) -> None:
         from engines.xtts.engine import XttsConfig, XttsEngine
 
         self._engine = XttsEngine(
             XttsConfig(
                 slots=SLOTS,
-                model_dir=folder,
+                model_dir=setup.folder,
                 accept_license=True,  # of weights that are random
-                device=device,
-                precision="int8" if device == "cpu" else "bf16",
-                threads=threads,
+                device=setup.device,
+                precision=setup.precision,
+                threads=setup.threads,
                 trim_end=False,
             )
         )
@@ -184,18 +196,18 @@ class Ours:
 class Baseline:
     """coqui-tts's model, with the same voice."""
 
-    def __init__(self, folder: Path, threads: int, device: str) -> None:
+    def __init__(self, setup: Setup) -> None:
         prepare_coqui("xtts")
         import torch
         from TTS.tts.configs.xtts_config import XttsConfig
         from TTS.tts.models.xtts import Xtts
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(setup.threads)
         config = XttsConfig()
-        config.load_json(str(folder / "config.json"))
+        config.load_json(str(setup.folder / "config.json"))
         self._model: Any = Xtts.init_from_config(config)
-        self._model.load_checkpoint(config, checkpoint_dir=str(folder), eval=True)
-        self._model.to(device)
+        self._model.load_checkpoint(config, checkpoint_dir=str(setup.folder), eval=True)
+        self._model.to(setup.device)
         self._voice = tuple(next(iter(self._model.speaker_manager.speakers.values())).values())
         # As the engine does when it loads: what is set up at first use.
         self._model.inference("Hello.", "en", *self._voice, max_new_tokens=4)
@@ -217,11 +229,9 @@ class Baseline:
         return spoken
 
 
-def _work(
-    kind: type[Ours] | type[Baseline], folder: Path, threads: int, device: str, pipe: Connection
-) -> None:
+def _work(kind: type[Ours] | type[Baseline], setup: Setup, pipe: Connection) -> None:
     """The life of a process: load, then speak what is asked for. None ends it."""
-    speaker = kind(folder, threads, device)
+    speaker = kind(setup)
     pipe.send(_resident_mb())
     while (request := pipe.recv()) is not None:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
@@ -239,13 +249,11 @@ def _resident_mb() -> float:
 class Worker:
     """A process with one of the two in it."""
 
-    def __init__(self, kind: type[Ours] | type[Baseline], folder: Path, threads: int, device: str) -> None:
+    def __init__(self, kind: type[Ours] | type[Baseline], setup: Setup) -> None:
         # Started anew, not forked: its memory is its own.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(kind, folder, threads, device, theirs), daemon=True
-        )
+        self._process = context.Process(target=_work, args=(kind, setup, theirs), daemon=True)
         self._process.start()
         theirs.close()
         self.loaded_mb = 0.0
@@ -269,9 +277,9 @@ class Worker:
 
 
 @contextmanager
-def workers(folder: Path, threads: int, device: str) -> Iterator[tuple[Worker, Worker]]:
+def workers(setup: Setup) -> Iterator[tuple[Worker, Worker]]:
     """Ours and the baseline, loaded."""
-    ours, baseline = (Worker(kind, folder, threads, device) for kind in (Ours, Baseline))
+    ours, baseline = (Worker(kind, setup) for kind in (Ours, Baseline))
     ours.ready()
     baseline.ready()
     yield ours, baseline
@@ -358,17 +366,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="audio tokens of every utterance")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each side")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--precision", choices=get_args(Precision), help="of our decoder")
     asked = parser.parse_args()
     size = QUICK_SIZE if asked.quick else FULL
     tokens = asked.tokens or (QUICK_TOKENS if asked.quick else FULL_TOKENS)
     at = machine()
-    folder = checkpoint(size, tokens)
+    quickest: Precision = "int8" if asked.device == "cpu" else "bf16"
+    setup = Setup(checkpoint(size, tokens), asked.threads, asked.device, asked.precision or quickest)
     if asked.quick:
         print(
             f"Quick: a GPT of {size.layers} layers, not {FULL.layers}, and {tokens} tokens. "
             "HiFi-GAN weighs more in it than it should."
         )
-    with workers(folder, asked.threads, asked.device) as (ours, baseline):
+    with workers(setup) as (ours, baseline):
         loaded_mb = [ours.loaded_mb, baseline.loaded_mb]
         taken = measure(ours, baseline, QUICK_TURNS if asked.quick else FULL_TURNS, 1 if asked.quick else 2)
         peaks_mb = [ours.end(), baseline.end()]
@@ -380,8 +390,9 @@ def main() -> None:
     details["settings"] = {
         "weights": f"random, {size.layers} layers of width {size.width}",
         "tokens": tokens,
-        "threads": asked.threads,
-        "device": asked.device,
+        "threads": setup.threads,
+        "device": setup.device,
+        "precision": {"ours": setup.precision, "baseline": "fp32"},
     }
     report(details)
     if not asked.quick:
