@@ -55,6 +55,9 @@ class EngineError(Exception):
         self.message = message
         self.next_step = next_step
 
+    def __str__(self) -> str:
+        return f"{self.message} {self.next_step}".strip()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild_error, (type(self), self.message, self.next_step))
 
@@ -283,7 +286,9 @@ class Chunk:
     """Some audio of one utterance of a batch, in order within that utterance.
 
     Exactly one chunk per utterance has ``last`` set. A failed utterance ends with ``error`` set, ``last``
-    set and no samples. An abandoned utterance just stops: no last chunk is owed.
+    set and no samples. An abandoned utterance just stops: no last chunk is owed. A chunk without samples that
+    is not the last says that the engine still works: one that yields nothing for longer than the server's
+    ``chunk_timeout_s`` is taken for dead. Only real progress may be said so.
     """
 
     #: Index of the utterance in the batch given to ``synthesize``.
@@ -308,11 +313,14 @@ class Engine(ABC):
 
     card: ClassVar[EngineCard]
     Config: ClassVar[type[EngineConfig]] = EngineConfig
-    #: How many ``synthesize`` calls may run at the same time.
-    concurrent_batches: ClassVar[int] = 1
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+
+    @property
+    def concurrent_batches(self) -> int:
+        """How many ``synthesize`` calls may run at the same time. Valid before ``load``."""
+        return 1
 
     @property
     @abstractmethod
@@ -323,6 +331,11 @@ class Engine(ABC):
     def languages(self) -> tuple[str, ...]:
         """What this instance speaks, optional extras included. Valid after ``load``."""
         return self.card.languages
+
+    @property
+    def built_in_voices(self) -> Mapping[str, Conditioning]:
+        """Voices that come with the weights, by name. Valid after ``load``."""
+        return {}
 
     @abstractmethod
     def load(self) -> None:

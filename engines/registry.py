@@ -10,7 +10,9 @@ and the name is usable in ``model`` and in the configuration.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from engines.contract import Engine, EngineError
 
@@ -53,3 +55,9 @@ def engine_class(name: str) -> type[Engine]:
     if not (isinstance(loaded, type) and issubclass(loaded, Engine)):
         raise BrokenEngine(f"'{points[0].value}' is not an engine class.", next_step="Derive it from Engine.")
     return loaded
+
+
+def make_engine(name: str, settings: Mapping[str, Any]) -> Engine:
+    """Engine ``name`` with these settings, not loaded. Raises as ``engine_class``, or ``ValidationError``."""
+    kind = engine_class(name)
+    return kind(kind.Config.model_validate(settings))

@@ -8,7 +8,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from engines.registry import engine_class
+from engines.registry import make_engine
 from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
@@ -56,9 +56,10 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
 
 
 def _engine(name: str, settings: EngineSettings) -> serve.Application:
-    kind = engine_class(settings.engine or name)
+    # Only to ask it: a replica makes and loads its own.
+    engine = make_engine(settings.engine or name, settings.config)
     # The next batch waits inside the replica: it starts without a trip to the router.
-    max_calls = calls_per_replica(kind.Config.model_validate(settings.config).slots, kind.concurrent_batches)
+    max_calls = calls_per_replica(engine.config.slots, engine.concurrent_batches)
     # Serve's default backoff grows to 0.5 s: a freed slot would stay empty that long.
     backoff = {"initial_backoff_s": 0.02, "max_backoff_s": 0.03}
     deployment = _deployment(

@@ -1,4 +1,4 @@
-"""The ``voice-clone`` command: serve, speak, voices, doctor."""
+"""The ``voice-clone`` command: serve, speak, voices, models, doctor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from engines.contract import EngineError
+from engines.weights import weights_dir
 from serve_app.client import SAVED_AS, HttpClient
 from serve_app.config import ConfigError, Settings, load_settings, reference
 from serve_app.environment import prepare_environment
 from serve_app.errors import VoiceCloneError
+from serve_app.models import GOOD, PullFailed, Weights, check, files_here, load_catalogue, pull
 from serve_app.voices.store import StoreNotUsable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Voice Clone TTS.")
 voices_app = typer.Typer(no_args_is_help=True, help="Enrol, list and delete voices.")
 app.add_typer(voices_app, name="voices")
+models_app = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of engines.")
+app.add_typer(models_app, name="models")
 
 #: People read standard error; standard output carries results only, so that it can be piped.
 console = Console(stderr=True)
@@ -44,8 +49,8 @@ def main() -> None:
     """Entry point: what can go wrong is said in a sentence, with exit status 1."""
     try:
         app()
-    except (VoiceCloneError, ConfigError, StoreNotUsable, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+    except (VoiceCloneError, ConfigError, StoreNotUsable, EngineError, PullFailed, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -125,6 +130,57 @@ def voices_delete(
         tts.delete_voice(voice)
 
 
+EngineArgument = Annotated[str, typer.Argument(help="Engine the weights belong to.")]
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """List the weights that can be fetched, and which are here."""
+    table = Table("engine", "files here", "MB", "licence")
+    for engine, weights in load_catalogue().items():
+        here = f"{files_here(weights, weights_dir(engine))} of {len(weights.files)}"
+        table.add_row(engine, here, f"{weights.size_bytes / 1e6:.0f}", weights.licence.name)
+    out.print(table)
+
+
+@models_app.command("pull")
+def models_pull(
+    engine: EngineArgument,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="You accept the licence of these weights.")
+    ] = False,
+) -> None:
+    """Fetch the weights of an engine, or what is missing of them, and check them."""
+    weights = _weights(engine)
+    folder = weights_dir(engine)
+    pull(
+        engine,
+        weights,
+        folder,
+        accept_licence=accept_license,
+        say=lambda sentence: console.print(sentence, highlight=False),
+    )
+    console.print(f"The weights of '{engine}' are in {folder}", highlight=False, soft_wrap=True)
+
+
+@models_app.command("verify")
+def models_verify(engine: EngineArgument) -> None:
+    """Compare the weights of an engine with the catalogue; exit status 1 if any file is missing or wrong."""
+    states = []
+    for file, state in check(_weights(engine), weights_dir(engine)):
+        out.print(f"{file.path}: {state}", highlight=False)
+        states.append(state)
+    if any(state not in GOOD for state in states):
+        raise typer.Exit(1)
+
+
+@models_app.command("path")
+def models_path(engine: EngineArgument) -> None:
+    """Print the folder the weights of an engine lie in."""
+    _weights(engine)
+    typer.echo(weights_dir(engine))
+
+
 @app.command()
 def settings() -> None:
     """Print every setting with its default and meaning, as Markdown."""
@@ -142,7 +198,7 @@ def doctor(
     findings = list(examine(_settings(config), port=port))
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.ok else "[red]FAIL[/red]"
-        out.print(f"{mark} {finding.subject}: {finding.detail}", highlight=False)
+        out.print(f"{mark} {finding.subject}: {finding.detail}", highlight=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
 
@@ -151,3 +207,12 @@ def _settings(config: Path | None) -> Settings:
     if config is not None:
         os.environ["VOICE_CLONE_CONFIG"] = str(config.resolve())
     return load_settings()
+
+
+def _weights(engine: str) -> Weights:
+    catalogue = load_catalogue()
+    if engine not in catalogue:
+        raise typer.BadParameter(
+            f"there are no weights for '{engine}'; there are for: {', '.join(catalogue)}"
+        )
+    return catalogue[engine]

@@ -276,7 +276,7 @@ class Settings(BaseSettings):
             try:
                 kind = engine_class(settings.engine or name)
             except EngineError as error:
-                raise ValueError(f"{error.message} {error.next_step}") from error
+                raise ValueError(str(error)) from error
             kind.Config.model_validate(settings.config)
         return engines
 

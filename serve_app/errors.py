@@ -408,7 +408,7 @@ _FROM_ENGINE: dict[type[contract.EngineError], type[VoiceCloneError]] = {
 def from_engine(error: contract.EngineError) -> VoiceCloneError:
     """What the client sees of an engine's error."""
     kind = next(_FROM_ENGINE[base] for base in type(error).__mro__ if base in _FROM_ENGINE)
-    return kind(f"{error.message} {error.next_step}".strip())
+    return kind(str(error))
 
 
 def from_wire(status: int, body: Mapping[str, Any]) -> VoiceCloneError:

@@ -28,7 +28,7 @@ from engines.contract import (
     SynthesisFailed,
     Utterance,
 )
-from engines.registry import engine_class
+from engines.registry import make_engine
 from serve_app.metrics import BATCH_ROWS, Metrics
 from serve_app.process import process_activity
 from serve_app.protocol import BatchTerms, EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
@@ -59,20 +59,19 @@ class EngineReplica:
         step_timeout_s: float = 30.0,
         served_as: str | None = None,
     ) -> None:
-        kind = engine_class(engine_name)
-        self._engine: Engine = kind(kind.Config.model_validate(engine_config))
+        self._engine: Engine = make_engine(engine_name, engine_config)
         # Serve runs this constructor in a thread of its own: loading blocks no event loop.
         self._engine.load()
         self._step_timeout_s = step_timeout_s
         self._served_as = served_as or engine_name
         self._metrics = Metrics()
-        self._batcher = RowBatcher(self._speak, kind.concurrent_batches)
+        self._batcher = RowBatcher(self._speak, self._engine.concurrent_batches)
         self._rows: dict[str, Abandon] = {}
         self._running: dict[int, float] = {}
         self._proven: Utterance | None = None
         self._failures = 0
         self._batches = self._largest_batch = self._chunks = 0
-        self._threads = ThreadPoolExecutor(kind.concurrent_batches, thread_name_prefix="synthesize")
+        self._threads = ThreadPoolExecutor(self._engine.concurrent_batches, thread_name_prefix="synthesize")
         self._enrolment = ThreadPoolExecutor(1, thread_name_prefix="extract_voice")
 
     async def identify(self) -> str:
@@ -178,8 +177,8 @@ class EngineReplica:
             del rows[chunk.row]
             self._failures = 0
             self._proven = utterances[chunk.row]
-        if len(samples) or chunk.last:
-            yield RowAudio(chunk.row, samples, chunk.last)
+        # Even without samples: it says that the engine works, to a router that would give it up.
+        yield RowAudio(chunk.row, samples, chunk.last)
 
     def _failure(self, row: int, error: EngineError) -> RowAudio:
         if isinstance(error, SynthesisFailed):

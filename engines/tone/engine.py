@@ -51,6 +51,10 @@ class ToneConfig(EngineConfig):
     slots: int = Field(default=8, ge=1, le=1024, description="Utterances one replica works on at once.")
     load_s: float = Field(default=0.0, ge=0, description="Time load() takes.")
     step_s: float = Field(default=0.0, ge=0, description="Time one step of the whole batch takes.")
+    batches: int = Field(default=1, ge=1, description="Batches it takes at the same time.")
+    silent_steps: int = Field(
+        default=0, ge=0, description="Steps of an utterance before its first sound, in which it only works."
+    )
     row_s: float = Field(default=0.0, ge=0, description="Time each row adds to a step.")
     chunk_s: float = Field(default=0.2, gt=0, le=10, description="Audio in one chunk.")
     memory_mb: int = Field(default=0, ge=0, description="Memory held after load().")
@@ -73,6 +77,7 @@ class _Row:
     samples: Samples
     sent: int = 0
     chunks: int = 0
+    silent_steps: int = 0
     #: True if it has used up the ticket.
     faulty: bool = False
 
@@ -100,6 +105,11 @@ class ToneEngine(Engine):
         super().__init__(config)
         self.settings = config
         self._memory: NDArray[np.uint8] | None = None
+
+    @property
+    def concurrent_batches(self) -> int:
+        """As configured."""
+        return self.settings.batches
 
     @property
     def weights_fingerprint(self) -> str:
@@ -149,6 +159,9 @@ class ToneEngine(Engine):
             live = [row for row in live if row.sent < len(row.samples)]
 
     def _next_chunk(self, row: _Row, chunk_frames: int) -> Chunk:
+        if row.silent_steps < self.settings.silent_steps:
+            row.silent_steps += 1
+            return Chunk(row.index, row.samples[:0], last=False)
         samples = row.samples[row.sent : row.sent + chunk_frames]
         if self._faulty(row):
             settings, text = self.settings, row.utterance.text

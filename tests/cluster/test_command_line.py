@@ -187,9 +187,11 @@ def test_output_that_cannot_be_written_is_refused_at_once(environment: dict[str,
 
 
 def test_doctor_finds_nothing_and_something(environment: dict[str, str]) -> None:
+    environment = environment | {"VOICE_CLONE_MODELS_DIR": environment["RAY_TMPDIR"]}
     well = run(VOICE_CLONE, "doctor", "--port", str(free_port()), environment=environment)
     assert well.returncode == 0, well.stdout
     assert "engine mosaic: loads" in well.stdout
+    assert "weights xtts: 0 of 5" in well.stdout
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

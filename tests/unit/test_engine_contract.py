@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,18 +23,26 @@ from engines.contract import (
     Utterance,
     UtteranceTooLong,
 )
-from engines.registry import engine_class, engine_names
+from engines.registry import engine_names, make_engine
 from tests.speech import noisy_tone
 
 TEXT = "The birch canoe slid on the smooth planks."
 OTHER = "Two blue fish swam in the tank."
 
 
+def settings(name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What an engine has to be told to run here; nothing, if it comes with all it needs."""
+    if name == "xtts":
+        folder = request.getfixturevalue("xtts_checkpoint")
+        return {"model_dir": folder, "accept_license": True, "device": "cpu", "window_tokens": (6, 10)}
+    return {}
+
+
 @pytest.fixture(scope="module", params=engine_names())
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Each registered engine, loaded."""
-    kind = engine_class(request.param)
-    engine = kind(kind.Config())
+    engine = make_engine(request.param, settings(request.param, request))
+    assert engine.concurrent_batches >= 1
     engine.load()
     yield engine
     engine.unload()

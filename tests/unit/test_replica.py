@@ -66,6 +66,7 @@ async def test_batch_comes_back_as_the_engine_made_it() -> None:
     one, two = await speak(replica, call("one"), call("two", speed=0.5))
     np.testing.assert_array_equal(one, render(Utterance("one", "en", VOICE, seed=1)))
     assert len(two) == 2 * len(one)
+    await let_go(replica)
     activity = await replica.activity()
     assert (activity.rows_open, activity.batches, activity.largest_batch) == (0, 1, 2)
 
@@ -115,6 +116,29 @@ async def test_calls_that_left_while_they_waited_are_never_spoken() -> None:
     await running
     await let_go(replica)
     assert (await replica.activity()).batches == 1
+
+
+async def test_batches_run_side_by_side_if_the_engine_can() -> None:
+    replica = EngineReplica("tone", {"step_s": 0.05, "batches": 2})
+    running = asyncio.create_task(speak(replica, call("this one runs for a while")))
+    await asyncio.sleep(0.02)
+    (samples,) = await speak(replica, call("joins"))
+    assert not running.done()
+    np.testing.assert_array_equal(samples, render(Utterance("joins", "en", VOICE, seed=1)))
+    await running
+    activity = await replica.activity()
+    assert (activity.batches, activity.largest_batch) == (2, 1)
+
+
+async def test_engine_that_only_works_is_heard_to_work() -> None:
+    """Empty chunks come through, one by one, and are no sound."""
+    replica = EngineReplica("tone", {"silent_steps": 5, "step_s": 0.01})
+    answers = [answer async for answer in synthesize(replica, [call("works")])]
+    silent = [audio for answer in answers for audio in answer if not len(audio.samples)]
+    assert len(silent) >= 5
+    assert not any(audio.last for audio in silent)
+    samples = np.concatenate([audio.samples for answer in answers for audio in answer])
+    np.testing.assert_array_equal(samples, render(Utterance("works", "en", VOICE, seed=1)))
 
 
 async def test_facts_are_the_cards() -> None:
