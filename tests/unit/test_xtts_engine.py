@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -182,10 +182,12 @@ def test_tokens_are_drawn_as_transformers_draws_them() -> None:
     for _ in range(200):
         logits = 3 * torch.randn(1, 200, generator=noise)
         (mine,) = sampler.draw([0], logits)
-        left = theirs(torch.tensor([seen]), logits.clone()).softmax(1)[0]
+        prompt = torch.tensor([seen])
+        left = theirs(cast(torch.LongTensor, prompt), cast(torch.FloatTensor, logits.clone())).softmax(1)[0]
         order = left.argsort(descending=True)
         reached = left[order].cumsum(0)
         place = int(torch.searchsorted(reached, torch.rand(1, generator=draws) * reached[-1], right=True))
+        assert mine is not None
         assert mine == order[place]
         seen.append(mine)
 
