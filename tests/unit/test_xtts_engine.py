@@ -43,7 +43,13 @@ from transformers import (  # noqa: E402
 
 from engines.xtts import text  # noqa: E402
 from engines.xtts.decoder import Decoder  # noqa: E402
-from engines.xtts.linear import Precision, activation_type, make_linear  # noqa: E402
+from engines.xtts.linear import (  # noqa: E402
+    Linear,
+    Precision,
+    activation_type,
+    make_linear,
+    row_floor,
+)
 from engines.xtts.loaded import LoadedXtts  # noqa: E402
 from engines.xtts.memory import cache_columns  # noqa: E402
 from engines.xtts.sampling import Sampler, Sampling  # noqa: E402
@@ -302,6 +308,16 @@ def test_products_are_those_of_the_weights(precision: Precision, bound: float) -
         exact = torch.nn.functional.linear(x, weight, bias)
         near = linear(x.to(activation_type(precision))).float()
         assert float((near - exact).norm() / exact.norm()) < bound
+
+
+def test_rows_are_computed_in_company_where_their_number_matters() -> None:
+    def summed_differently_up_to(rows: int) -> Linear:
+        return lambda x: x * (1.0 if len(x) > rows else 1.0 + 1e-6)
+
+    cpu = torch.device("cpu")
+    for rows in (0, 2, 5):
+        linears = [(summed_differently_up_to(rows), 16), (summed_differently_up_to(1), 8)]
+        assert row_floor(linears, 8, torch.float32, cpu) == max(rows, 1) + 1
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("int8", 0.02), ("bf16", 0.02)])
