@@ -45,22 +45,28 @@ def weights_dir(engine: str) -> Path:
     return models_dir() / engine
 
 
+def pull_command(card: EngineCard) -> str:
+    """What the operator types to get the weights. Where their licence has to be accepted, it asks for that."""
+    return f"voice-clone models pull {card.name}"
+
+
 def require_files(card: EngineCard, folder: Path, names: Iterable[str]) -> None:
     """Raise ``ModelMissing`` unless every one of ``names`` is a file in ``folder``."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ModelMissing(
-            f"The weights of '{card.name}' (licence: {card.weights_licence}) are not in {folder}: "
+            f"The weights of '{card.name}' (licence: {card.weights_licence}) are not all in {folder}: "
             f"no {', '.join(missing)}.",
-            next_step=f"Fetch them: voice-clone models pull {card.name}.",
+            next_step=f"Run '{pull_command(card)}', or set model_dir to the folder that has them.",
         )
 
 
-def require_licence(card: EngineCard, folder: Path) -> None:
-    """Raise ``LicenceNotAccepted`` unless the operator accepted the licence of the weights in ``folder``."""
-    if not (folder / LICENCE_ACCEPTED).is_file():
+def require_licence(card: EngineCard, folder: Path, *, accepted: bool) -> None:
+    """Raise ``LicenceNotAccepted`` unless it was ``accepted`` in the settings, or with the download."""
+    if not accepted and not (folder / LICENCE_ACCEPTED).is_file():
         raise LicenceNotAccepted(
-            f"The weights of '{card.name}' come under the licence {card.weights_licence}, which nobody has "
-            f"accepted for {folder}.",
-            next_step=f"Read about it, then accept it: voice-clone models pull {card.name}.",
+            f"The weights of '{card.name}' are under the {card.weights_licence}, which nobody has accepted "
+            "here.",
+            next_step=f"Run '{pull_command(card)}', which says where to read it, "
+            "or set accept_license: true.",
         )

@@ -131,7 +131,7 @@ class XttsEngine(Engine):
         prepare_coqui("xtts")
         from engines.xtts.loaded import LoadedXtts
 
-        self._loaded = LoadedXtts(self.settings, self.settings.model_dir or weights_dir(_NAME))
+        self._loaded = LoadedXtts(self.settings, self.card, self.settings.model_dir or weights_dir(_NAME))
 
     def unload(self) -> None:
         """End the decode loop and forget the weights."""

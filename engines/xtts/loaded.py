@@ -15,18 +15,20 @@ from engines.contract import (
     Abandon,
     Chunk,
     ConditioningMismatch,
+    EngineCard,
     EngineError,
     ModelCorrupt,
     ModelError,
     Reference,
     Utterance,
 )
+from engines.weights import require_licence
 from engines.xtts import conditioning
 from engines.xtts.decode_loop import DecodeLoop, is_out_of_memory
 from engines.xtts.decoder import Decoder
 from engines.xtts.linear import Precision
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
-from engines.xtts.model_files import load_model, require_licence
+from engines.xtts.model_files import load_model
 from engines.xtts.sampling import Sampling
 from engines.xtts.speech import Order, Outbox
 from engines.xtts.text import TextFrontEnd, installed_languages
@@ -44,12 +46,12 @@ _WARM_UP_TEXT = "Hello."
 class LoadedXtts:
     """A checkpoint in memory, ready to speak. ``close`` ends its thread."""
 
-    def __init__(self, settings: XttsConfig, folder: Path) -> None:
+    def __init__(self, settings: XttsConfig, card: EngineCard, folder: Path) -> None:
         """Raises ``ModelError`` (missing, corrupt, licence not accepted, no room, wrong device)."""
         self._device = _device(settings.device)
         _require_possible(settings.precision, self._device)
-        require_licence(folder, settings.accept_license)
-        self._model = model = load_model(folder)
+        require_licence(card, folder, accepted=settings.accept_license)
+        self._model = model = load_model(card, folder)
         network, config = model.network, model.config
         self.fingerprint = model.fingerprint
         self.languages = installed_languages()

@@ -21,13 +21,10 @@ from TTS.tts.configs.xtts_config import XttsConfig
 from TTS.tts.layers.xtts.tokenizer import VoiceBpeTokenizer
 from TTS.tts.models.xtts import Xtts, _legacy_safe_globals
 
-from engines.contract import LicenceNotAccepted, ModelCorrupt, ModelMissing
+from engines.contract import EngineCard, ModelCorrupt
+from engines.weights import require_files
 
 CONFIG, MODEL, VOCABULARY, SPEAKERS = "config.json", "model.pth", "vocab.json", "speakers_xtts.pth"
-#: Lies beside the files once the operator has accepted their licence.
-LICENCE_MARK = "LICENCE_ACCEPTED"
-LICENCE = "Coqui Public Model License 1.0.0 (non-commercial)"
-PULL = "voice-clone models pull xtts --accept-license"
 
 #: Parts of a state that say what a recording becomes. Everything else only says how it is spoken.
 _CONDITIONING_PARTS = ("gpt.conditioning_", "hifigan_decoder.speaker_encoder.", "mel_stats")
@@ -54,23 +51,9 @@ class XttsModel:
     speakers: Mapping[str, tuple[Tensor, Tensor]]
 
 
-def require_licence(folder: Path, accepted: bool) -> None:
-    """Raise ``LicenceNotAccepted`` unless the operator has ``accepted`` it or the mark lies in ``folder``."""
-    if not accepted and not (folder / LICENCE_MARK).is_file():
-        raise LicenceNotAccepted(
-            f"The weights of XTTS-v2 are under the {LICENCE}, which nobody has accepted here.",
-            next_step=f"Read https://coqui.ai/cpml, then run '{PULL}' or set accept_license: true.",
-        )
-
-
-def load_model(folder: Path) -> XttsModel:
+def load_model(card: EngineCard, folder: Path) -> XttsModel:
     """Read the checkpoint in ``folder``. Raises ``ModelMissing`` or ``ModelCorrupt``, naming the file."""
-    for name in (CONFIG, VOCABULARY, MODEL):
-        if not (folder / name).is_file():
-            raise ModelMissing(
-                f"A file of XTTS-v2 is missing: {folder / name}.",
-                next_step=f"Run '{PULL}', or set model_dir to the folder that has it.",
-            )
+    require_files(card, folder, (CONFIG, VOCABULARY, MODEL))
     config = _read_config(folder / CONFIG)
     tokenizer = _read_vocabulary(folder / VOCABULARY)
     state = _read_state(folder / MODEL)
@@ -92,7 +75,7 @@ def load_model(folder: Path) -> XttsModel:
 def _corrupt(file: Path, reason: str) -> ModelCorrupt:
     return ModelCorrupt(
         f"{file} is not a usable file of XTTS-v2: {reason}.",
-        next_step=f"Remove it and run '{PULL}'.",
+        next_step="Remove it and run 'voice-clone models pull xtts'.",
     )
 
 

@@ -62,6 +62,7 @@ def test_missing_files_are_named_with_folder_licence_and_command(tmp_path: Path)
 
 def test_an_unaccepted_licence_stops_the_load(tmp_path: Path) -> None:
     with pytest.raises(LicenceNotAccepted, match="accepted"):
-        require_licence(ToneEngine.card, tmp_path)
+        require_licence(ToneEngine.card, tmp_path, accepted=False)
+    require_licence(ToneEngine.card, tmp_path, accepted=True)
     (tmp_path / LICENCE_ACCEPTED).write_text("none, 2026-01-01\n")
-    require_licence(ToneEngine.card, tmp_path)
+    require_licence(ToneEngine.card, tmp_path, accepted=False)
