@@ -46,7 +46,7 @@ def weights_dir(engine: str) -> Path:
 
 
 def pull_command(card: EngineCard) -> str:
-    """What the operator types to get the weights. Where their licence has to be accepted, it asks for that."""
+    """What the operator types to get the weights. It asks for their licence to be accepted if need be."""
     return f"voice-clone models pull {card.name}"
 
 
