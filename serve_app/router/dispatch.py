@@ -205,7 +205,7 @@ async def _items(stream: DeploymentResponseGenerator[T]) -> AsyncGenerator[T, No
         stream.cancel()  # type: ignore[no-untyped-call]
 
 
-async def _next(stream: DeploymentResponseGenerator[T]) -> T | None:
+async def _next(stream: AsyncIterator[T]) -> T | None:
     return await anext(stream, None)
 
 

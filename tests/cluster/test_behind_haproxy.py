@@ -113,7 +113,8 @@ def test_slow_reader_holds_its_own_engine_back(served: tuple[str, dict[str, str]
     url, environment = served
 
     def spoken_s() -> float:
-        return sum(replica["chunks"] for replica in look_inside(environment)["held"]["engine-tone"]) * CHUNK_S
+        replicas = look_inside(environment)["held"]["engine-tone"]
+        return CHUNK_S * sum(int(replica["chunks"]) for replica in replicas)
 
     before_s = spoken_s()
     data = json.dumps(body(BOOK)).encode()

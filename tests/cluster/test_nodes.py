@@ -82,8 +82,8 @@ class Nodes:
 
     def replicas(self, deployment: str, *programs: Program) -> list[psutil.Process]:
         """Processes of a deployment's replicas on the nodes of ``programs``, or on all."""
-        title = f"ray::ServeReplica:voice-clone:{deployment}"
-        return [process for process in self._processes(*programs) if title in title(process)]
+        wanted = f"ray::ServeReplica:voice-clone:{deployment}"
+        return [process for process in self._processes(*programs) if wanted in title(process)]
 
     def controller(self) -> psutil.Process:
         """Serve's controller."""

@@ -120,7 +120,7 @@ def test_killed_replica_is_not_heard(xtts: httpx.Client) -> None:
     busy: list[int] = []
 
     def somebody_speaks() -> bool:
-        busy[:] = [replica.process_id for replica in replicas() if replica.rows_open]
+        busy[:] = [replica.process.process_id for replica in replicas() if replica.rows_open]
         return bool(busy)
 
     eventually(somebody_speaks)
