@@ -7,7 +7,6 @@ Modules, in the order sound passes through them::
     base_speech         text -> source-filter parts of the base voice (engines.hibari_voice)
     espeak_process      the program in which espeak-ng, an optional extra, speaks
     espeak_speech       text -> samples of espeak-ng: other languages than English
-    pitch               F0 of a recording
     phone_features      what makes two frames "the same sound"
     speaker_encoder     who speaks: one vector per recording, and its gradient
     recording           what a reference recording says about its speaker

@@ -29,12 +29,12 @@ from engines.contract import (
 from engines.mosaic import engine as engine_module
 from engines.mosaic.engine import MosaicConfig, MosaicEngine, VoiceCache
 from engines.mosaic.phone_features import PhoneFeatures
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.profile import VoiceProfile
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import resample
 from engines.mosaic.voice_map import PreparedVoice
 from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER
+from engines.pitch import track_f0
 from engines.weight_file import WeightFile
 from tests.unit.imitated_speakers import imitated_speaker
 

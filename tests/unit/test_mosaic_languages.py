@@ -32,7 +32,7 @@ from engines.contract import (
 )
 from engines.mosaic.engine import MosaicConfig, MosaicEngine
 from engines.mosaic.espeak_speech import CALIBRATION_TEXTS, EXTRA, LANGUAGES, EspeakSpeech, Manner
-from engines.mosaic.pitch import track_f0
+from engines.pitch import track_f0
 from tests.unit.imitated_speakers import imitated_speaker
 
 RATE_HZ = 24_000
