@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from engines.contract import (
     UtteranceTooLong,
 )
 from engines.registry import engine_class, engine_names
+from tests.checkpoints.openvoice import write_spoken
 from tests.speech import noisy_tone
 
 TEXT = "The birch canoe slid on the smooth planks."
@@ -30,10 +32,14 @@ OTHER = "Two blue fish swam in the tank."
 
 
 @pytest.fixture(scope="module", params=engine_names())
-def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """Each registered engine, loaded."""
     kind = engine_class(request.param)
-    engine = kind(kind.Config())
+    settings: dict[str, Any] = {}
+    if request.param == "openvoice":
+        folder = tmp_path_factory.mktemp("openvoice")
+        settings = {"model_dir": write_spoken(folder), "cache_dir": folder / "cache"}
+    engine = kind(kind.Config(**settings))
     engine.load()
     yield engine
     engine.unload()
