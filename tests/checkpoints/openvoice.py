@@ -151,10 +151,13 @@ def _randomise(seed: int) -> Callable[[Any], None]:
     def fill(model: Any) -> None:
         torch.manual_seed(seed)
         for name, parameter in model.named_parameters():
-            # As made, the couplings of the flow do nothing and every layer of the decoder almost nothing.
-            if ".post." in name or (name.startswith("dec.") and parameter.ndim > 1):
-                fan_in = parameter[0].numel()
-                parameter.normal_(0, 0.5 / fan_in**0.5)
+            # As made, the couplings of the flow do nothing, and the decoder says the same to everything.
+            if ".post." in name or name in ("dec.conv_pre.weight", "dec.conv_post.weight"):
+                parameter.normal_(0, 1 / parameter[0].numel() ** 0.5)
+            elif name.startswith("dec.") and name.endswith("original0"):
+                parameter.fill_(1.2)
+            elif name.startswith("dec.") and name.endswith("bias"):
+                parameter.mul_(0.1)
         channels = model.args.gin_channels
         speech_like = torch.rand(1, model.spec_channels, 64) * 4
         voice = {"g_src": torch.zeros(1, channels, 1), "g_tgt": torch.ones(1, channels, 1)}

@@ -126,13 +126,13 @@ def test_windows_give_the_samples_of_the_whole(
     np.testing.assert_allclose(np.concatenate(parts), convert(sound), atol=ROUNDING, rtol=0)
 
 
-def test_less_overlap_than_the_layers_see_would_be_heard(
-    converter: Converter, convert: Convert, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("reach", "less"), [("decoder_reach", 3), ("latent_reach", 88)])
+def test_the_overlap_is_needed(
+    converter: Converter, convert: Convert, monkeypatch: pytest.MonkeyPatch, reach: str, less: int
 ) -> None:
-    """The overlap that is used is needed: with two frames less the samples are others."""
     sound = speech(200.0, 2.0)
     whole = convert(sound)
-    monkeypatch.setattr(converter, "decoder_reach", converter.decoder_reach - 2)
+    monkeypatch.setattr(converter, reach, getattr(converter, reach) - less)
     assert np.abs(convert(sound, windows=(40,)) - whole).max() > 10 * ROUNDING
 
 
