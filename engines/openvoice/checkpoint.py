@@ -6,6 +6,9 @@
     checkpoints_v2/converter/checkpoint.pth       {"model": weights}, float32, 131 MB
     checkpoints_v2/base_speakers/ses/NAME.pth     tone colours of the MeloTTS voices, [1, 256, 1]
 
+The last are not read: they belong to voices that are not spoken with here, and the colour of every other base
+voice is measured on its own speech. 
+
 The model is coqui-tts's port (``TTS.vc.models.openvoice``). Its own loader reads only the ``data`` part of
 ``config.json``; here the sizes in the ``model`` part count too.
 """
@@ -34,7 +37,7 @@ _SAMPLE_RATE_HZ = 22_050
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory with the files above. Nothing is read before ``load``."""
+    """A folder with the files above, or with ``checkpoints_v2``. Nothing is read before ``load``."""
 
     directory: Path
 
@@ -61,16 +64,9 @@ class Checkpoint:
         _fold_weight_norm(model)
         return model, _fingerprint(config_path, weights_path)
 
-    def base_tone_colour(self, name: str) -> torch.Tensor:
-        """Tone colour [colours] of the MeloTTS voice ``name``. Raises ``ModelMissing``, ``ModelCorrupt``."""
-        path = self._file("base_speakers", "ses", f"{name}.pth")
-        tensor: torch.Tensor = _tensors(path)
-        if getattr(tensor, "ndim", 0) != 3:
-            raise ModelCorrupt(f"{path} holds no tone colour.", next_step=FETCH)
-        return tensor.flatten().float()
-
     def _file(self, *parts: str) -> Path:
-        path = self.directory.joinpath(*parts)
+        unpacked = self.directory / "checkpoints_v2"
+        path = (unpacked if unpacked.is_dir() else self.directory).joinpath(*parts)
         if not path.is_file():
             raise ModelMissing(
                 f"The weights of OpenVoice v2 (licence: {LICENCE}) are not in {self.directory}: "

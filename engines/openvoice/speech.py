@@ -25,10 +25,12 @@ from engines.openvoice.base_speaker import BaseSpeaker
 from engines.openvoice.base_voices import BaseColours, BaseVoice, BaseVoices, at_rate
 from engines.openvoice.checkpoint import Checkpoint
 from engines.openvoice.converter import Conversion, Converter
-from engines.openvoice.settings import OpenVoiceConfig
+from engines.openvoice.hibari_speaker import HibariSpeaker
+from engines.openvoice.piper_speaker import PiperSpeaker
+from engines.openvoice.settings import BaseVoiceSettings, OpenVoiceConfig, PiperSettings, VitsSettings
 from engines.openvoice.tone_colour import VoiceColour, enrol
+from engines.openvoice.vits_speaker import VitsSpeaker
 
-_WARM_UP_TEXTS = {"en": "Hello."}
 _SEEDS = 2**64
 
 
@@ -159,11 +161,15 @@ class _Row:
             self.ended = self.conversion is None
 
 
-def _speaker(settings: object, threads: int) -> BaseSpeaker:
+def _speaker(settings: BaseVoiceSettings, threads: int) -> BaseSpeaker:
     """The base speaker that ``settings`` describe. Raises ``ModelError``."""
-    from engines.openvoice.hibari_speaker import HibariSpeaker
-
-    return HibariSpeaker(threads)
+    match settings:
+        case PiperSettings():
+            return PiperSpeaker(settings, threads)
+        case VitsSettings():
+            return VitsSpeaker(settings)
+        case _:
+            return HibariSpeaker(threads)
 
 
 def _voice(utterance: Utterance) -> VoiceColour:
