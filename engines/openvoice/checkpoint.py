@@ -7,7 +7,7 @@
     checkpoints_v2/base_speakers/ses/NAME.pth     tone colours of the MeloTTS voices, [1, 256, 1]
 
 The last are not read: they belong to voices that are not spoken with here, and the colour of every other base
-voice is measured on its own speech. 
+voice is measured on its own speech.
 
 The model is coqui-tts's port (``TTS.vc.models.openvoice``). Its own loader reads only the ``data`` part of
 ``config.json``; here the sizes in the ``model`` part count too.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RATE_HZ = 22_050
 #: What another order of additions in float32 may change; these samples are loud.
 ROUNDING = 5e-6
-WHOLE = {"windows": (1 << 20,)}
+WHOLE: dict[str, Any] = {"windows": (1 << 20,)}
 
 Voices = tuple[NDArray[np.float32], NDArray[np.float32]]
 
