@@ -28,6 +28,7 @@ bench: setup  ## Every benchmark in its quick form
 	$(BIN)/python benchmarks/default_engine.py --quick
 	$(BIN)/python benchmarks/graph_overhead.py --quick
 	$(BIN)/python benchmarks/router.py --quick
+	$(BIN)/python benchmarks/openvoice.py --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py

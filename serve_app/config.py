@@ -422,12 +422,10 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _kinds_of(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
     """The models of a list whose entries say by ``kind`` which of them they are."""
-    if (
-        isinstance(annotation, type)
-        and issubclass(annotation, BaseModel)
-        and "kind" in annotation.model_fields
-    ):
-        yield get_args(annotation.model_fields["kind"].annotation)[0], annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if kind := annotation.model_fields.get("kind"):
+            yield get_args(kind.annotation)[0], annotation
+        return
     for part in get_args(annotation):
         yield from _kinds_of(part)
 
