@@ -5,9 +5,9 @@
 
 The weights are random and of the published size: speed is that of the real ones, quality says nothing. Both
 speak the same sentences with the same base voice. The port is called as its interface offers it: for each
-request the base voice's audio goes in whole, and the embedding of that audio is computed with it; the target's
-embedding is kept. N requests come at once: the port answers one after the other, the engine speaks them as one
-batch.
+request the base voice's audio goes in whole, and the embedding of that audio is computed with it; the
+target's embedding is kept. N requests come at once: the port answers one after the other, the engine speaks
+them as one batch.
 
 Seconds are CPU time with one thread, wall time with two; runs of the two alternate. First audio is the mean
 over the requests. Real-time factor: seconds for a second of sound.

@@ -344,7 +344,8 @@ def _padded(pieces: Sequence[torch.Tensor], longest: int) -> torch.Tensor:
 
 def _reach(layer: Any) -> int:
     """Positions to each side that a convolution sees."""
-    return (layer.kernel_size[-1] - 1) * layer.dilation[-1] // 2
+    reach: int = (layer.kernel_size[-1] - 1) * layer.dilation[-1] // 2
+    return reach
 
 
 def _wavenet_reach(wavenet: Any) -> int:
@@ -369,10 +370,10 @@ def _lay_out(module: torch.nn.Module) -> None:
         flat = kind(
             layer.in_channels,
             layer.out_channels,
-            (1, *layer.kernel_size),
-            stride=(1, *layer.stride),
-            padding=(0, *layer.padding),
-            dilation=(1, *layer.dilation),
+            (1, layer.kernel_size[0]),
+            stride=(1, layer.stride[0]),
+            padding=(0, int(layer.padding[0])),
+            dilation=(1, layer.dilation[0]),
             bias=layer.bias is not None,
             device="meta",
         )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from ray import serve
 
 from benchmarks.judges import transcribe, word_error_rate
 from benchmarks.speakers import DEMO_SPEAKER, enrolment_clip, speaker
+from engines.contract import Samples
 from engines.coqui import prepare_coqui
 from serve_app.app import build_app
 from serve_app.config import Settings
@@ -62,22 +63,22 @@ def speaking(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     serve.delete(APP)
 
 
-def body(voice: str = "sonnets", model: str = "spoken", **fields: object) -> dict[str, object]:
+def body(voice: str = "sonnets", model: str = "spoken", **fields: Any) -> dict[str, Any]:
     """A request for raw samples."""
     request = {"model": model, "voice": voice, "input": TEXT, "response_format": "pcm", "seed": 1}
     return {**request, **fields}
 
 
-def pcm(speaking: httpx.Client, *arguments: str, **fields: object) -> NDArray[np.float32]:
+def pcm(speaking: httpx.Client, *arguments: str, **fields: Any) -> Samples:
     """Samples [n] of a speech."""
     answer = speaking.post("/v1/audio/speech", json=body(*arguments, **fields))
     assert answer.status_code == 200, answer.text
     return samples(answer.content)
 
 
-def samples(content: bytes) -> NDArray[np.float32]:
+def samples(content: bytes) -> Samples:
     """16-bit samples as float32."""
-    return np.frombuffer(content, "<i2").astype(np.float32) / 32_768
+    return np.frombuffer(content, "<i2").astype(np.float32) / np.float32(32_768)
 
 
 def test_the_words_come_through(speaking: httpx.Client) -> None:

@@ -122,7 +122,7 @@ def test_windows_give_the_samples_of_the_whole(
     parts = []
     while not streamed.finished:
         parts.extend(converter.step([streamed]))
-    assert len(parts) > 4
+    assert len(parts) > 2
     np.testing.assert_allclose(np.concatenate(parts), convert(sound), atol=ROUNDING, rtol=0)
 
 
@@ -130,10 +130,10 @@ def test_windows_give_the_samples_of_the_whole(
 def test_the_overlap_is_needed(
     converter: Converter, convert: Convert, monkeypatch: pytest.MonkeyPatch, reach: str, less: int
 ) -> None:
-    sound = speech(200.0, 2.0)
+    sound = speech(200.0, 6.0)
     whole = convert(sound)
     monkeypatch.setattr(converter, reach, getattr(converter, reach) - less)
-    assert np.abs(convert(sound, windows=(40,)) - whole).max() > 10 * ROUNDING
+    assert np.abs(convert(sound, windows=(40,)) - whole).max() > 4 * ROUNDING
 
 
 def test_a_row_is_the_same_alone_and_beside_others(converter: Converter, voices: Voices) -> None:
@@ -158,7 +158,7 @@ def test_rows_at_different_places_of_their_sentences_share_a_pass(
     converter: Converter, voices: Voices
 ) -> None:
     def begun(pitch_hz: float, seconds: float) -> Any:
-        return converter.begin(speech(pitch_hz, seconds), *voices, tau=0.3, seed=(4, 0))
+        return converter.begin(speech(pitch_hz, seconds), *voices, tau=0.3, seed=(4, 0), windows=(20, 40))
 
     early, late = begun(200.0, 3.0), begun(140.0, 2.0)
     parts = [converter.step([early])[0], converter.step([early])[0]]
