@@ -25,10 +25,11 @@ check: setup  ## Format, lint, types and layers
 	$(BIN)/lint-imports
 
 bench: setup  ## Every benchmark in its quick form
-	$(BIN)/python benchmarks/default_engine.py --quick
-	$(BIN)/python benchmarks/graph_overhead.py --quick
-	$(BIN)/python benchmarks/router.py --quick
-	$(BIN)/python benchmarks/xtts.py --quick
+	$(BIN)/python -m benchmarks.default_engine --quick
+	$(BIN)/python -m benchmarks.graph_overhead --quick
+	$(BIN)/python -m benchmarks.router --quick
+	$(BIN)/python -m benchmarks.xtts --quick
+	$(BIN)/python -m benchmarks.openvoice --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py

@@ -36,12 +36,12 @@ from benchmarks.speakers import SPEAKERS, Clip, Speaker, enrolment_clip, judge_c
 from engines.contract import Conditioning, Reference, Utterance
 from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.engine import MosaicConfig, MosaicEngine
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.renderer import render
 from engines.mosaic.source_filter import joined
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import BINS
 from engines.mosaic.weight_files import SPEAKER_ENCODER
+from engines.pitch import track_f0
 
 F32 = NDArray[np.float32]
 

@@ -29,10 +29,10 @@ from benchmarks.speakers import SPEAKERS, Clip, Speaker, enrolment_clip, judge_c
 from engines.contract import Conditioning, Reference, Utterance
 from engines.mosaic.engine import MosaicConfig, MosaicEngine
 from engines.mosaic.espeak_speech import EXTRA, EspeakSpeech, Manner
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import SAMPLE_RATE_HZ, resample
 from engines.mosaic.weight_files import SPEAKER_ENCODER
+from engines.pitch import track_f0
 
 F32 = NDArray[np.float32]
 

@@ -151,6 +151,8 @@ class EngineCard:
     batch_by: tuple[Literal["language", "speed", "conditioning", "options"], ...] = ()
     #: Languages that something optional adds, by what ``pip install`` takes to get it.
     optional_languages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: For whoever asks for a language it does not speak: how else one is added, in a sentence.
+    languages_hint: str = ""
 
     def max_chars(self, language: str) -> int:
         """Longest utterance in characters for ``language``."""
@@ -162,6 +164,8 @@ class EngineCard:
         for requirement, added in self.optional_languages.items():
             if not set(added) <= set(spoken):
                 sentences.append(f"pip install '{requirement}' where it runs would add: {', '.join(added)}.")
+        if self.languages_hint:
+            sentences.append(self.languages_hint)
         return " ".join(sentences)
 
 

@@ -6,6 +6,7 @@ environment variables (``VOICE_CLONE__LIMITS__MAX_INPUT_CHARS=2000``), then the 
 """
 
 import os
+from collections.abc import Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -402,6 +403,7 @@ def reference() -> str:
             if inner is not None:
                 key = f"{path}.{name}" if path else name
                 sections.append((f"{key}.NAME" if get_origin(field.annotation) is dict else key, inner))
+            sections.extend((f"{path}.{name}[{kind}]", entry) for kind, entry in _kinds_of(field.annotation))
             if field.is_required():
                 shown = "required"
             else:
@@ -418,11 +420,21 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return models[0] if models else None
 
 
+def _kinds_of(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
+    """The models of a list whose entries say by ``kind`` which of them they are."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if kind := annotation.model_fields.get("kind"):
+            yield get_args(kind.annotation)[0], annotation
+        return
+    for part in get_args(annotation):
+        yield from _kinds_of(part)
+
+
 def _as_yaml(value: Any) -> str:
     if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
         value = {name: {} for name in value}
     if isinstance(value, tuple):
-        value = list(value)
+        value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
     shown = yaml.safe_dump(value, default_flow_style=True, width=1000)
     # PyYAML ends a bare scalar with a document marker.
     return f"`{shown.removesuffix('...' + chr(10)).strip()}`"

@@ -4,10 +4,9 @@ Modules, in the order sound passes through them::
 
     spectrum            frames, mel bands, cepstra: the one grid everything is measured on
     source_filter       speech as pulses and noise, each with a spectrum
-    base_speech         text -> source-filter parts of the base voice (hibari, ONNX)
+    base_speech         text -> source-filter parts of the base voice (engines.hibari_voice)
     espeak_process      the program in which espeak-ng, an optional extra, speaks
     espeak_speech       text -> samples of espeak-ng: other languages than English
-    pitch               F0 of a recording
     phone_features      what makes two frames "the same sound"
     speaker_encoder     who speaks: one vector per recording, and its gradient
     recording           what a reference recording says about its speaker
@@ -19,6 +18,6 @@ Modules, in the order sound passes through them::
     renderer            parts + gain -> samples, block by block
     waveform            samples as frames, to be measured and converted
     other_languages     profile -> the same voice over espeak-ng
-    weight_files        the model files and their checksums
+    weight_files        the model files of its own and their checksums
     engine              the door: MosaicEngine
 """

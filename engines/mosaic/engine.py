@@ -27,6 +27,7 @@ from engines.contract import (
     SynthesisFailed,
     Utterance,
 )
+from engines.hibari_voice import HIBARI_MODEL
 from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.conversion import Conversion, Frames
 from engines.mosaic.enrolment import Calibration, Enrolment
@@ -39,7 +40,7 @@ from engines.mosaic.speaker_encoder import SpeakerEncoder
 from engines.mosaic.spectrum import F32, SAMPLE_RATE_HZ
 from engines.mosaic.voice_map import PreparedVoice
 from engines.mosaic.waveform import WaveformRenderer
-from engines.mosaic.weight_files import BASE_MODEL, PHONE_PROJECTION, SPEAKER_ENCODER
+from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER
 
 #: Changes whenever the same recording would give another conditioning or the same conditioning other speech.
 _ALGORITHM_VERSION = "2"
@@ -130,7 +131,7 @@ class MosaicEngine(Engine):
 
     def load(self) -> None:
         """Check the model files, read them, and let the base voice speak once; and espeak-ng if installed."""
-        BASE_MODEL.verified()
+        HIBARI_MODEL.verified()
         encoder = SpeakerEncoder(SPEAKER_ENCODER.tensors())
         features = PhoneFeatures(PHONE_PROJECTION.tensors()["projection"])
         base = BaseSpeech(self._threads)
@@ -142,7 +143,7 @@ class MosaicEngine(Engine):
             min_speech_s=self.card.min_reference_s,
             max_speech_s=self.card.max_reference_s,
         )
-        identity = [BASE_MODEL.sha256, SPEAKER_ENCODER.sha256, PHONE_PROJECTION.sha256, _ALGORITHM_VERSION]
+        identity = [HIBARI_MODEL.sha256, SPEAKER_ENCODER.sha256, PHONE_PROJECTION.sha256, _ALGORITHM_VERSION]
         fingerprint = hashlib.sha256(" ".join(identity).encode()).hexdigest()[:16]
         espeak = EspeakSpeech.installed()
         others = OtherLanguages(espeak, calibration, features) if espeak else None

@@ -17,7 +17,6 @@ from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.closing_equaliser import closing_equaliser
 from engines.mosaic.conversion import Conversion, Frames
 from engines.mosaic.phone_features import PhoneFeatures
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.profile import VoiceProfile, with_pitch
 from engines.mosaic.recording import (
     SPEECH_DB,
@@ -41,6 +40,7 @@ from engines.mosaic.spectrum import (
     resample,
 )
 from engines.mosaic.voice_map import PreparedVoice
+from engines.pitch import track_f0
 
 #: What the base voice says while it is compared with a speaker.
 _CALIBRATION_TEXT = (

@@ -23,67 +23,8 @@ from engines.mosaic.spectrum import F32, SAMPLE_RATE_HZ, resample
 EXTRA = "voice-clone-tts[espeak]"
 _PACKAGE = "espeakng_loader"
 
-#: What espeak-ng says while it is compared with a speaker, in every language that is offered: Article 1 of
-#: the Universal Declaration of Human Rights. Names of its voices and BCP-47 subtags are the same for these.
-CALIBRATION_TEXTS = {
-    "cs": (
-        "Všichni lidé rodí se svobodní a sobě rovní co do důstojnosti a práv. Jsou nadáni rozumem a "
-        "svědomím a mají spolu jednat v duchu bratrství."
-    ),
-    "de": (
-        "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und "
-        "Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen."
-    ),
-    "el": (
-        "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα. Είναι "
-        "προικισμένοι με λογική και συνείδηση, και οφείλουν να συμπεριφέρονται μεταξύ τους με πνεύμα "
-        "αδελφοσύνης."
-    ),
-    "es": (
-        "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están "
-        "de razón y conciencia, deben comportarse fraternalmente los unos con los otros."
-    ),
-    "fr": (
-        "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de "
-        "raison et de conscience et doivent agir les uns envers les autres dans un esprit de "
-        "fraternité."
-    ),
-    "it": (
-        "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono dotati di "
-        "ragione e di coscienza e devono agire gli uni verso gli altri in spirito di fratellanza."
-    ),
-    "nl": (
-        "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren. Zij zijn begiftigd met "
-        "verstand en geweten, en behoren zich jegens elkander in een geest van broederschap te "
-        "gedragen."
-    ),
-    "pl": (
-        "Wszyscy ludzie rodzą się wolni i równi pod względem swej godności i swych praw. Są oni "
-        "obdarzeni rozumem i sumieniem i powinni postępować wobec innych w duchu braterstwa."
-    ),
-    "pt": (
-        "Todos os seres humanos nascem livres e iguais em dignidade e em direitos. Dotados de razão e"
-        " de consciência, devem agir uns para com os outros em espírito de fraternidade."
-    ),
-    "ru": (
-        "Все люди рождаются свободными и равными в своём достоинстве и правах. Они наделены разумом и"
-        " совестью и должны поступать в отношении друг друга в духе братства."
-    ),
-    "sv": (
-        "Alla människor är födda fria och lika i värde och rättigheter. De är utrustade med förnuft "
-        "och samvete och bör handla gentemot varandra i en anda av broderskap."
-    ),
-    "tr": (
-        "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. Akıl ve vicdana sahiptirler"
-        " ve birbirlerine karşı kardeşlik zihniyeti ile hareket etmelidirler."
-    ),
-    "uk": (
-        "Всі люди народжуються вільними і рівними у своїй гідності та правах. Вони наділені розумом і"
-        " совістю і повинні діяти у відношенні один до одного в дусі братерства."
-    ),
-}
 #: Languages the extra adds.
-LANGUAGES = tuple(CALIBRATION_TEXTS)
+LANGUAGES = ("cs", "de", "el", "es", "fr", "it", "nl", "pl", "pt", "ru", "sv", "tr", "uk")
 
 _REPAIR = (
     f"Install it again: pip install --force-reinstall '{EXTRA}'; "

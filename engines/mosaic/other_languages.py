@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engines.calibration_texts import CALIBRATION_TEXTS
 from engines.mosaic.conversion import Conversion
 from engines.mosaic.enrolment import QUIET_LEVEL, Calibration, StartingPoint, level_to_speech
-from engines.mosaic.espeak_speech import CALIBRATION_TEXTS, EspeakSpeech, Manner
+from engines.mosaic.espeak_speech import EspeakSpeech, Manner
 from engines.mosaic.phone_features import PhoneFeatures
 from engines.mosaic.profile import VoiceProfile
 from engines.mosaic.recording import median_and_spread

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.contract import Reference, ReferenceUnusable
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import (
     BIN_HZ,
@@ -20,6 +19,7 @@ from engines.mosaic.spectrum import (
     resample,
 )
 from engines.mosaic.waveform import Waveform
+from engines.pitch import track_f0
 
 #: Root mean square to which recordings and the finished voice are brought.
 SPEECH_LEVEL = 0.06

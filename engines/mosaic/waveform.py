@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.renderer import C64, OverlapAdd
 from engines.mosaic.spectrum import BIN_HZ, BINS, F32, F64, HANN, HOP, SAMPLE_RATE_HZ, WINDOW, Bool
+from engines.pitch import track_f0
 
 #: Where there is no F0, spectra are averaged over this.
 _UNVOICED_WIDTH_HZ = 150.0

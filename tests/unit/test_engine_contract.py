@@ -24,6 +24,7 @@ from engines.contract import (
     UtteranceTooLong,
 )
 from engines.registry import engine_names, make_engine
+from tests.checkpoints.openvoice import write_spoken
 from tests.speech import noisy_tone
 
 TEXT = "The birch canoe slid on the smooth planks."
@@ -35,6 +36,9 @@ def settings(name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     if name == "xtts":
         folder = request.getfixturevalue("xtts_checkpoint")
         return {"model_dir": folder, "accept_license": True, "device": "cpu", "window_tokens": (6, 10)}
+    if name == "openvoice":
+        folder = request.getfixturevalue("tmp_path_factory").mktemp("openvoice")
+        return {"model_dir": write_spoken(folder), "cache_dir": folder / "cache"}
     return {}
 
 

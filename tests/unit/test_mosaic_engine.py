@@ -29,12 +29,13 @@ from engines.contract import (
 from engines.mosaic import engine as engine_module
 from engines.mosaic.engine import MosaicConfig, MosaicEngine, VoiceCache
 from engines.mosaic.phone_features import PhoneFeatures
-from engines.mosaic.pitch import track_f0
 from engines.mosaic.profile import VoiceProfile
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
 from engines.mosaic.spectrum import resample
 from engines.mosaic.voice_map import PreparedVoice
-from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER, WeightFile
+from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER
+from engines.pitch import track_f0
+from engines.weight_file import WeightFile
 from tests.unit.imitated_speakers import imitated_speaker
 
 RATE_HZ = 24_000
@@ -361,7 +362,7 @@ def test_unload_and_load_again(large_voice: Conditioning) -> None:
     assert len(speak(engine, large_voice)) > 0
 
 
-@pytest.mark.parametrize("name", ["BASE_MODEL", "SPEAKER_ENCODER", "PHONE_PROJECTION"])
+@pytest.mark.parametrize("name", ["HIBARI_MODEL", "SPEAKER_ENCODER", "PHONE_PROJECTION"])
 def test_a_changed_or_missing_model_file_stops_loading(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

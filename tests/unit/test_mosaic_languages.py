@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks.judges import second_encoder_embedding
+from engines.calibration_texts import CALIBRATION_TEXTS
 from engines.contract import (
     Abandon,
     Conditioning,
@@ -31,8 +32,8 @@ from engines.contract import (
     Utterance,
 )
 from engines.mosaic.engine import MosaicConfig, MosaicEngine
-from engines.mosaic.espeak_speech import CALIBRATION_TEXTS, EXTRA, LANGUAGES, EspeakSpeech, Manner
-from engines.mosaic.pitch import track_f0
+from engines.mosaic.espeak_speech import EXTRA, LANGUAGES, EspeakSpeech, Manner
+from engines.pitch import track_f0
 from tests.unit.imitated_speakers import imitated_speaker
 
 RATE_HZ = 24_000

@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
-from engines.mosaic.spectrum import F32, FRAMES_PER_S, resample
-
+F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 Int = NDArray[np.intp]
 
+#: Frames are 12.5 ms apart.
+FRAMES_PER_S = 80.0
 _RATE_HZ = 8000
 _HOP = int(_RATE_HZ / FRAMES_PER_S)
 _CORRELATION_WINDOW = 400
@@ -45,7 +47,7 @@ class _Candidates:
 
 def track_f0(samples: F32, sample_rate_hz: int) -> F32:
     """F0 in Hz per 12.5 ms frame, 0 where unvoiced, shape [frames]; searched from 60 to 420 Hz."""
-    narrow = resample(samples, sample_rate_hz, _RATE_HZ).astype(np.float64)
+    narrow: F64 = soxr.resample(samples, sample_rate_hz, _RATE_HZ).astype(np.float64)
     candidates = _find_candidates(narrow - narrow.mean())
     path = _cheapest_path(candidates)
     padded = np.pad(candidates.f0_hz, ((0, 0), (0, 1)))
