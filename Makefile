@@ -25,11 +25,11 @@ check: setup  ## Format, lint, types and layers
 	$(BIN)/lint-imports
 
 bench: setup  ## Every benchmark in its quick form
-	$(BIN)/python -m benchmarks.default_engine --quick
-	$(BIN)/python -m benchmarks.graph_overhead --quick
-	$(BIN)/python -m benchmarks.router --quick
-	$(BIN)/python -m benchmarks.xtts --quick
-	$(BIN)/python -m benchmarks.openvoice --quick
+	$(BIN)/python benchmarks/default_engine.py --quick
+	$(BIN)/python benchmarks/graph_overhead.py --quick
+	$(BIN)/python benchmarks/router.py --quick
+	$(BIN)/python benchmarks/xtts.py --quick
+	$(BIN)/python benchmarks/openvoice.py --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py
@@ -51,4 +51,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --group torch
 	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev --group coqui
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --group judges --group torch-audio
+	# pysbd (of coqui-tts) installs a package of this name, which would be found before ours.
+	rm -rf .venv/lib/python3*/site-packages/benchmarks
 	touch $@ .venv/demo.stamp
