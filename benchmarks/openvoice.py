@@ -19,7 +19,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reporting import machine, write_result
-from engines.contract import Conditioning, Reference, Utterance
+from engines.contract import Conditioning, Reference, Samples, Utterance
 from engines.coqui import prepare_coqui
+from engines.openvoice.base_speaker import Sentence
 from engines.openvoice.engine import OpenVoiceEngine
 from tests.checkpoints.openvoice import write_full_size
 from tests.speech import noisy_tone
@@ -115,7 +116,7 @@ class Bench:
         samples = 0
         began = clock()
         for number, (text, voice) in enumerate(self.requests(count)):
-            said = np.concatenate(list(base.speak(text, "en", 1.0, number)))
+            said = _with_pauses(base.speak(text, "en", 1.0, number), base.sample_rate_hz)
             source = torch.from_numpy(_at_converter_rate(said, base.sample_rate_hz))
             with torch.inference_mode():
                 own, spectrum = self.port.extract_se(source)
@@ -142,7 +143,14 @@ def _values(run: Answered) -> tuple[float, float, float]:
     return run.total_s, run.first_audio_s, run.sound_s
 
 
-def _at_converter_rate(samples: Any, rate_hz: int) -> Any:
+def _with_pauses(sentences: Iterable[Sentence], rate_hz: int) -> Samples:
+    """What a base voice says, as one recording."""
+    return np.concatenate(
+        [np.pad(sentence.samples, (0, round(sentence.pause_s * rate_hz))) for sentence in sentences]
+    )
+
+
+def _at_converter_rate(samples: Samples, rate_hz: int) -> Samples:
     from engines.openvoice.base_voices import at_rate
 
     return at_rate(samples, rate_hz, 22_050)

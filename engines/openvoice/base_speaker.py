@@ -7,9 +7,18 @@ module beside this one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from engines.contract import Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A sentence, or a clause of a long one: ``samples`` [n] and the silence that belongs behind them."""
+
+    samples: Samples
+    pause_s: float
 
 
 class BaseSpeaker(Protocol):
@@ -35,8 +44,8 @@ class BaseSpeaker(Protocol):
     def speeds(self) -> tuple[float, float]:
         """Slowest and fastest pace it has itself; 1.0, its own, is between them."""
 
-    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Samples]:
-        """``text`` sentence by sentence, each [n] with its pauses, as soon as it exists.
+    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Sentence]:
+        """``text`` sentence by sentence, each as soon as it exists and without silence around it.
 
         The same arguments give the same samples. ``seed`` is not negative. Raises ``NothingToSpeak``, before
         the first sentence, if the text holds nothing it can pronounce, and ``SynthesisFailed``.

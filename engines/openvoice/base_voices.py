@@ -87,8 +87,9 @@ class BaseColours:
                 f"({', '.join(speaker.languages)}) by which to measure its tone colour.",
                 next_step=f"Use base voices of these languages: {', '.join(sorted(CALIBRATION_TEXTS))}.",
             )
-        pieces = speaker.speak(CALIBRATION_TEXTS[language], language, 1.0, _CALIBRATION_SEED)
-        return measure(self._converter, np.concatenate(list(pieces)), speaker.sample_rate_hz)
+        said = speaker.speak(CALIBRATION_TEXTS[language], language, 1.0, _CALIBRATION_SEED)
+        speech = np.concatenate([sentence.samples for sentence in said])
+        return measure(self._converter, speech, speaker.sample_rate_hz)
 
 
 def at_rate(samples: Samples, from_hz: int, to_hz: int) -> Samples:

@@ -35,6 +35,8 @@ from engines.contract import Samples
 #: Decoder windows of a stream, in frames; the last one repeats. A listener waits for the first: 0.28 s of
 #: sound. Each costs as much as 6 frames more than its own.
 STREAM_WINDOWS = (24, 96, 384)
+#: And of what follows while the listener hears the first sentence.
+LATER_WINDOWS = (192, 384)
 #: Latents computed at a time once the first window has its own.
 _LATENT_BLOCK = 480
 _LEAKY_SLOPE = 0.1

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from hibari import dsp
 
-from engines.contract import NothingToSpeak, Samples
+from engines.contract import NothingToSpeak
 from engines.hibari_voice import FASTEST, HIBARI_MODEL, SLOWEST, HibariVoice, pause_after_s
-from engines.openvoice.silence import with_pauses
+from engines.openvoice.base_speaker import Sentence
+from engines.openvoice.silence import without_pauses
 
 
 class HibariSpeaker:
@@ -26,7 +27,7 @@ class HibariSpeaker:
         HIBARI_MODEL.verified()
         self._voice = HibariVoice(threads)
 
-    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Samples]:
+    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Sentence]:
         """See ``BaseSpeaker``; a long first sentence comes in two parts."""
         runs = self._voice.phoneme_runs(text)
         if not runs:
@@ -37,7 +38,8 @@ class HibariSpeaker:
         noise = np.random.default_rng(seed)
         for run in runs:
             parts = [array[0] for array in self._voice.outputs(run, speed)]
-            yield with_pauses(dsp.synth(*parts, noise), self.sample_rate_hz, pause_after_s(run))
+            samples = without_pauses(dsp.synth(*parts, noise), self.sample_rate_hz)
+            yield Sentence(samples, pause_after_s(run))
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -21,8 +21,9 @@ import numpy as np
 
 from engines.contract import ModelCorrupt, ModelError, ModelMissing, NothingToSpeak, Samples, SynthesisFailed
 from engines.openvoice import piper_process
+from engines.openvoice.base_speaker import Sentence
 from engines.openvoice.settings import PiperSettings
-from engines.openvoice.silence import with_pauses
+from engines.openvoice.silence import without_pauses
 
 #: What pip installs to get Piper.
 EXTRA = "voice-clone-tts[piper]"
@@ -62,16 +63,16 @@ class PiperSpeaker:
                 f"The Piper voice {model} does not work: {error.message}", next_step=_fetch(model)
             ) from error
 
-    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Samples]:
+    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Sentence]:
         """See ``BaseSpeaker``; the seed changes nothing."""
         sentence, sentences, spoken = 0, 1, 0
         while sentence < sentences:
             sentences, samples = self._ask(text, speed, sentence)
             sentence += 1
-            speech = with_pauses(samples, self.sample_rate_hz, _SENTENCE_PAUSE_S)
+            speech = without_pauses(samples, self.sample_rate_hz)
             if len(speech):
                 spoken += 1
-                yield speech
+                yield Sentence(speech, _SENTENCE_PAUSE_S)
         if not spoken:
             raise NothingToSpeak(
                 f"The text holds nothing that can be pronounced in '{language}'.",

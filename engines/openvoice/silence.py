@@ -1,4 +1,4 @@
-"""Silence around and inside speech: cut from recordings, made regular between sentences."""
+"""Silence around and inside speech: cut from recordings and from what base voices say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BASE_DB = -40.0
 #: Below this it is silent whatever the rest is.
 _INAUDIBLE = 1e-4
 _LONGEST_PAUSE_S = 0.3
-_LEAD_IN_S = 0.04
+_MARGIN_S = 0.04
 
 
 def without_silence(samples: Samples, sample_rate_hz: int) -> Samples:
@@ -29,15 +29,13 @@ def without_silence(samples: Samples, sample_rate_hz: int) -> Samples:
     return blocks[run <= _LONGEST_PAUSE_S * sample_rate_hz / block].reshape(-1)
 
 
-def with_pauses(samples: Samples, sample_rate_hz: int, pause_s: float) -> Samples:
-    """``samples`` [n] with a short lead-in and ``pause_s`` of silence behind; [0] if they are silent."""
+def without_pauses(samples: Samples, sample_rate_hz: int) -> Samples:
+    """``samples`` [n] of a base voice with no more than a breath of silence at either end; [0] if silent."""
     first, last = _audible_span(samples, sample_rate_hz, _BASE_DB)
     if first == last:
         return samples[:0]
-    start = max(first - round(_LEAD_IN_S * sample_rate_hz), 0)
-    silence = max(last + round(pause_s * sample_rate_hz) - len(samples), 0)
-    stop = min(last + round(pause_s * sample_rate_hz), len(samples))
-    return np.pad(samples[start:stop], (0, silence))
+    margin = round(_MARGIN_S * sample_rate_hz)
+    return samples[max(first - margin, 0) : last + margin]
 
 
 def _audible_span(samples: Samples, sample_rate_hz: int, silence_db: float) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from engines.contract import (
 from engines.openvoice.base_speaker import BaseSpeaker
 from engines.openvoice.base_voices import BaseColours, BaseVoice, BaseVoices, at_rate
 from engines.openvoice.checkpoint import Checkpoint
-from engines.openvoice.converter import Conversion, Converter
+from engines.openvoice.converter import LATER_WINDOWS, STREAM_WINDOWS, Conversion, Converter
 from engines.openvoice.hibari_speaker import HibariSpeaker
 from engines.openvoice.piper_speaker import PiperSpeaker
 from engines.openvoice.settings import BaseVoiceSettings, OpenVoiceConfig, PiperSettings, VitsSettings
@@ -90,40 +90,46 @@ class OpenVoiceSpeech:
         if row.sentences is None:
             tau = checked_tau(row.utterance)
             row.sentences = self._sentences(row.utterance, tau)
-            row.conversion = next(row.sentences, None)
-        if row.conversion is None:
+            row.current = next(row.sentences, None)
+        if row.current is None:
             raise SynthesisFailed("The base voice said nothing.", next_step="Try another wording.")
 
     def _step(self, rows: Sequence[_Row]) -> list[Samples | EngineError]:
         """The next samples of each row, or why there are none."""
-        conversions = [row.conversion for row in rows if row.conversion is not None]
+        conversions = [row.current.conversion for row in rows if row.current is not None]
         if not conversions:
             return []
         try:
-            outcomes: list[Samples | EngineError] = list(self.converter.step(conversions))
+            spoken = self.converter.step(conversions)
         except Exception as error:  # noqa: BLE001 - one by one, so that the others go on
             if len(rows) == 1:
                 return [_as_engine_error(error)]
             return [outcome for row in rows for outcome in self._step([row])]
+        outcomes: list[Samples | EngineError] = list(spoken)
         for index, row in enumerate(rows):
             try:
-                row.move_on()
+                pause = np.zeros(row.move_on(), np.float32)
             except Exception as error:  # noqa: BLE001 - the base voice of one row
                 outcomes[index] = _as_engine_error(error)
+            else:
+                outcomes[index] = np.concatenate([spoken[index], pause])
         return outcomes
 
-    def _sentences(self, utterance: Utterance, tau: float) -> Iterator[Conversion]:
+    def _sentences(self, utterance: Utterance, tau: float) -> Iterator[_Converting]:
         """What the base voice says, sentence by sentence, ready for the converter."""
         target = _voice(utterance)
         base = self.base_voices.nearest(utterance.language, target.pitch_hz)
         slowest, fastest = base.speaker.speeds
         pace = min(max(utterance.speed, slowest), fastest)
         seed = utterance.seed % _SEEDS
-        said = base.speaker.speak(utterance.text, utterance.language, pace, seed)
         number = 0
-        for samples in said:
-            if len(samples):
-                yield self._begin(samples, base, target, tau, (seed, number), utterance.speed / pace)
+        for sentence in base.speaker.speak(utterance.text, utterance.language, pace, seed):
+            if len(sentence.samples):
+                faster = utterance.speed / pace
+                yield _Converting(
+                    self._begin(sentence.samples, base, target, tau, (seed, number), faster),
+                    round(sentence.pause_s / utterance.speed * self.converter.sample_rate_hz),
+                )
                 number += 1
 
     def _begin(
@@ -140,8 +146,23 @@ class OpenVoiceSpeech:
         whole = max(-(-len(speech) // converter.hop) * converter.hop, 2 * converter.fewest_samples)
         speech = np.pad(speech, (0, whole - len(speech)))
         return converter.begin(
-            speech, base.own.embedding, target.embedding, tau=tau, seed=seed, faster=faster
+            speech,
+            base.own.embedding,
+            target.embedding,
+            tau=tau,
+            seed=seed,
+            faster=faster,
+            # Only the first sentence is waited for, and small windows cost more.
+            windows=LATER_WINDOWS if seed[1] else STREAM_WINDOWS,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Converting:
+    """A sentence in conversion, and the silent samples behind it: silence is not worth converting."""
+
+    conversion: Conversion
+    pause_samples: int
 
 
 @dataclass(slots=True)
@@ -150,15 +171,18 @@ class _Row:
 
     index: int
     utterance: Utterance
-    sentences: Iterator[Conversion] | None = None
-    conversion: Conversion | None = None
+    sentences: Iterator[_Converting] | None = None
+    current: _Converting | None = None
     ended: bool = False
 
-    def move_on(self) -> None:
-        """After a step: to the next sentence if this one is finished, or to the end."""
-        if self.conversion is not None and self.conversion.finished and self.sentences is not None:
-            self.conversion = next(self.sentences, None)
-            self.ended = self.conversion is None
+    def move_on(self) -> int:
+        """To the next sentence if this one is finished, or to the end: silent samples in between."""
+        current = self.current
+        if current is None or not current.conversion.finished or self.sentences is None:
+            return 0
+        self.current = next(self.sentences, None)
+        self.ended = self.current is None
+        return current.pause_samples
 
 
 def _speaker(settings: BaseVoiceSettings, threads: int) -> BaseSpeaker:

@@ -14,9 +14,10 @@ from trainer.io import get_user_data_dir
 from TTS.tts.configs.vits_config import VitsConfig
 from TTS.tts.models.vits import Vits
 
-from engines.contract import ModelCorrupt, ModelMissing, NothingToSpeak, Samples
+from engines.contract import ModelCorrupt, ModelMissing, NothingToSpeak
+from engines.openvoice.base_speaker import Sentence
 from engines.openvoice.settings import VitsSettings
-from engines.openvoice.silence import with_pauses
+from engines.openvoice.silence import without_pauses
 
 _SENTENCE_PAUSE_S = 0.22
 _TORCH_SEEDS = 2**63
@@ -56,7 +57,7 @@ class VitsSpeaker:
         digest.update(weights_path.read_bytes())
         self.identity = f"vits {digest.hexdigest()} {settings.speaker} {settings.language}"
 
-    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Samples]:
+    def speak(self, text: str, language: str, speed: float, seed: int) -> Iterator[Sentence]:
         """See ``BaseSpeaker``; the text is one piece."""
         tokenizer = self._model.tokenizer
         tokens = tokenizer.text_to_ids(text, language=language)
@@ -78,7 +79,7 @@ class VitsSpeaker:
             self._model.length_scale = 1.0 / speed
             sound = self._model.inference(torch.tensor([tokens]), inputs)["model_outputs"]
         samples = np.ascontiguousarray(sound[0, 0].numpy(), np.float32)
-        yield with_pauses(samples, self.sample_rate_hz, _SENTENCE_PAUSE_S)
+        yield Sentence(without_pauses(samples, self.sample_rate_hz), _SENTENCE_PAUSE_S)
 
     def close(self) -> None:
         """Nothing to give back."""
