@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engines.contract import ModelCorrupt, ModelMissing
+from engines.contract import EngineCard, ModelCorrupt
+from engines.weights import require_files
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 
 #: Changes whenever the same weights and recording would give another conditioning or other speech.
 _ALGORITHM_VERSION = "1"
-LICENCE = "MIT"
-FETCH = "Fetch them: voice-clone models pull openvoice."
+CONFIG, WEIGHTS = "converter/config.json", "converter/checkpoint.pth"
+FETCH = "Fetch them again: voice-clone models pull openvoice."
 _SAMPLE_RATE_HZ = 22_050
 
 
@@ -39,6 +40,7 @@ _SAMPLE_RATE_HZ = 22_050
 class Checkpoint:
     """A folder with the files above, or with ``checkpoints_v2``. Nothing is read before ``load``."""
 
+    card: EngineCard
     directory: Path
 
     def load(self) -> tuple[OpenVoice, str]:
@@ -48,8 +50,10 @@ class Checkpoint:
         """
         from TTS.vc.models.openvoice import OpenVoice
 
-        config_path = self._file("converter", "config.json")
-        weights_path = self._file("converter", "checkpoint.pth")
+        unpacked = self.directory / "checkpoints_v2"
+        folder = unpacked if unpacked.is_dir() else self.directory
+        require_files(self.card, folder, (CONFIG, WEIGHTS))
+        config_path, weights_path = folder / CONFIG, folder / WEIGHTS
         config = _model_config(config_path)
         try:
             model = OpenVoice(config)
@@ -63,17 +67,6 @@ class Checkpoint:
         model.eval().requires_grad_(False)
         _fold_weight_norm(model)
         return model, _fingerprint(config_path, weights_path)
-
-    def _file(self, *parts: str) -> Path:
-        unpacked = self.directory / "checkpoints_v2"
-        path = (unpacked if unpacked.is_dir() else self.directory).joinpath(*parts)
-        if not path.is_file():
-            raise ModelMissing(
-                f"The weights of OpenVoice v2 (licence: {LICENCE}) are not in {self.directory}: "
-                f"{'/'.join(parts)} is missing.",
-                next_step=f"{FETCH} Or name their folder: engines.openvoice.config.model_dir.",
-            )
-        return path
 
 
 def _model_config(path: Path) -> Any:

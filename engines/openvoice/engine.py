@@ -76,7 +76,9 @@ class OpenVoiceEngine(Engine):
         prepare_coqui(NAME)
         from engines.openvoice.speech import OpenVoiceSpeech
 
-        self._loaded = OpenVoiceSpeech.load(self._settings, self._settings.model_dir or weights_dir(NAME))
+        self._loaded = OpenVoiceSpeech.load(
+            self._settings, self.card, self._settings.model_dir or weights_dir(NAME)
+        )
 
     def unload(self) -> None:
         """Forget the weights and close the base voices."""

@@ -13,6 +13,7 @@ import torch
 from engines.contract import (
     Chunk,
     ConditioningMismatch,
+    EngineCard,
     EngineError,
     ModelError,
     OutOfMemory,
@@ -44,11 +45,11 @@ class OpenVoiceSpeech:
     rows_per_pass: int
 
     @classmethod
-    def load(cls, settings: OpenVoiceConfig, model_dir: Path) -> OpenVoiceSpeech:
+    def load(cls, settings: OpenVoiceConfig, card: EngineCard, model_dir: Path) -> OpenVoiceSpeech:
         """``prepare_coqui`` was called before. Raises ``ModelError``."""
         device = _device(settings)
         torch.set_num_threads(settings.threads)
-        model, fingerprint = Checkpoint(model_dir).load()
+        model, fingerprint = Checkpoint(card, model_dir).load()
         converter = Converter(model, device, getattr(torch, settings.precision))
         folder = (
             settings.cache_dir

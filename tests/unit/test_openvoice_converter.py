@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from engines.contract import ModelCorrupt, ModelMissing, Samples
 from engines.coqui import prepare_coqui
 from engines.openvoice.checkpoint import Checkpoint
+from engines.openvoice.engine import OpenVoiceEngine
 from tests.checkpoints.openvoice import write_tiny
 from tests.speech import noisy_tone
 
@@ -41,7 +42,7 @@ def converter(directory: Path) -> Converter:
     """Ours."""
     from engines.openvoice.converter import Converter
 
-    model, _ = Checkpoint(directory).load()
+    model, _ = Checkpoint(OpenVoiceEngine.card, directory).load()
     return Converter(model, torch.device("cpu"), torch.float32)
 
 
@@ -261,20 +262,20 @@ def test_files_that_are_not_the_model_are_refused_with_the_command_that_fetches_
         copy = tmp_path / path.relative_to(directory)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    Checkpoint(tmp_path).load()
+    Checkpoint(OpenVoiceEngine.card, tmp_path).load()
     damage(tmp_path)
     with pytest.raises(expected) as caught:
-        Checkpoint(tmp_path).load()
+        Checkpoint(OpenVoiceEngine.card, tmp_path).load()
     assert str(tmp_path) in caught.value.message
     assert "voice-clone models pull openvoice" in caught.value.next_step
 
 
 def test_missing_weights_name_their_licence(tmp_path: Path) -> None:
     with pytest.raises(ModelMissing, match="MIT"):
-        Checkpoint(tmp_path).load()
+        Checkpoint(OpenVoiceEngine.card, tmp_path).load()
 
 
 def test_the_fingerprint_is_that_of_the_weights(directory: Path, tmp_path: Path) -> None:
-    _, fingerprint = Checkpoint(directory).load()
-    assert Checkpoint(directory).load()[1] == fingerprint
-    assert Checkpoint(write_tiny(tmp_path, seed=1)).load()[1] != fingerprint
+    _, fingerprint = Checkpoint(OpenVoiceEngine.card, directory).load()
+    assert Checkpoint(OpenVoiceEngine.card, directory).load()[1] == fingerprint
+    assert Checkpoint(OpenVoiceEngine.card, write_tiny(tmp_path, seed=1)).load()[1] != fingerprint
