@@ -112,7 +112,7 @@ def main() -> None:
         server = start_graph("throughput", ["paced"], Path(folder))
         try:
             wait_ready(server)
-            figures = measure(server, *((80, 1) if quick else (400, 5)))
+            figures = measure(server, *((80, 1) if quick else (160, 3)))
         finally:
             stop([server])
     print(f"{'CPU milliseconds':20}{'format':>8}{'request':>10}{'chunk':>10}")
