@@ -22,7 +22,7 @@ class Frames(Protocol):
 
     @property
     def voiced(self) -> Bool:
-        """Which frames have a pitch, [frames]."""
+        """Which frames sound voiced, [frames]."""
 
     def between(self, start: int, stop: int) -> Self:
         """Frames ``start`` to ``stop``."""
@@ -42,6 +42,7 @@ class Conversion:
         self._normalised = np.empty((frames, CEPSTRA), np.float32)
         self._moves = np.empty((frames, MEL_BANDS), np.float32)
         self._speech = np.empty(frames, np.bool_)
+        self._voiced = np.empty(frames, np.bool_)
         self._analysed = 0
         self._matched = 0
         profile = voice.profile
@@ -67,7 +68,7 @@ class Conversion:
         reach = np.arange(start - CONTEXT_FRAMES, stop + CONTEXT_FRAMES).clip(0, frames - 1)
         vectors = self._features(self._normalised[reach])
         shapes = self._shapes[start:stop]
-        voiced = self._parts.voiced[start:stop] & self._speech[start:stop]
+        voiced = self._voiced[start:stop] & self._speech[start:stop]
         unvoiced = ~voiced & self._speech[start:stop]
         moves = self._moves[start:stop]
         moves[...] = self._voice.silence_move
@@ -80,7 +81,9 @@ class Conversion:
             return
         start, self._analysed = self._analysed, stop
         profile = self._voice.profile
-        power = self._parts.between(start, stop).power()
+        frames = self._parts.between(start, stop)
+        power = frames.power()
+        self._voiced[start:stop] = frames.voiced
         self._speech[start:stop] = log_energy(power) > profile.speech_floor
         log_mel = self._voice.bank.log_mel(power * np.exp(2 * profile.equaliser))
         self._shapes[start:stop] = shape_of(log_mel)

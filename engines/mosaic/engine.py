@@ -43,7 +43,7 @@ from engines.mosaic.waveform import WaveformRenderer
 from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER
 
 #: Changes whenever the same recording would give another conditioning or the same conditioning other speech.
-_ALGORITHM_VERSION = "2"
+_ALGORITHM_VERSION = "3"
 #: Frames in the first block of an utterance, which a listener waits for, and in those after it.
 _FIRST_BLOCK_FRAMES = 12
 _BLOCK_FRAMES = 40

@@ -75,8 +75,8 @@ _NUMBERS = (
 
 def with_pitch(parts: Parts, scale: float, offset: float) -> Parts:
     """``parts`` with log F0 mapped to ``scale`` * log F0 + ``offset``."""
-    voiced = parts.voiced
+    pitched = parts.pitched
     f0_hz = parts.f0_hz.copy()
-    mapped = np.exp(np.log(f0_hz[voiced]) * np.float32(scale) + np.float32(offset))
-    f0_hz[voiced] = np.clip(mapped, _LOWEST_F0_HZ, _HIGHEST_F0_HZ)
+    mapped = np.exp(np.log(f0_hz[pitched]) * np.float32(scale) + np.float32(offset))
+    f0_hz[pitched] = np.clip(mapped, _LOWEST_F0_HZ, _HIGHEST_F0_HZ)
     return replace(parts, f0_hz=f0_hz)

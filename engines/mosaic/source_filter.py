@@ -20,6 +20,9 @@ VOICED_ABOVE_HZ = 40.0
 _LOG_MAGNITUDE_LIMIT = np.float32(7.0)
 #: A harmonic of magnitude one every f0 Hz has the power density of this many units over f0.
 _HARMONIC_DENSITY_HZ = 30.0
+_ALL_BINS = slice(None)
+#: Up to 4 kHz, as far as the pitch tracker listens to recordings; every fourth bin is enough for a sum.
+_VOICING_BINS = slice(2, 200, 4)
 #: The frequency axis is scaled up to here and squeezed above, so that 12 kHz stays 12 kHz.
 _WARP_EDGE_HZ = 8000.0
 
@@ -40,9 +43,20 @@ class Parts:
         return len(self.f0_hz)
 
     @property
-    def voiced(self) -> Bool:
-        """Which frames have a pitch, [frames]."""
+    def pitched(self) -> Bool:
+        """Which frames have a pulse train, however faint, [frames]."""
         return self.f0_hz > VOICED_ABOVE_HZ
+
+    @property
+    def voiced(self) -> Bool:
+        """Which frames a listener takes for voiced, [frames]: harmonics hold most of the power below 4 kHz.
+
+        Not the same as ``pitched``: the base model runs its pitch curve through most voiceless consonants
+        and takes the harmonics out of them.
+        """
+        harmonic: F32 = self._harmonic_power(_VOICING_BINS).sum(axis=1)
+        noise: F32 = self._noise_power(_VOICING_BINS).sum(axis=1)
+        return harmonic > noise
 
     def between(self, start: int, stop: int) -> Parts:
         """Frames ``start`` to ``stop``, as views."""
@@ -57,9 +71,7 @@ class Parts:
 
     def power(self) -> F32:
         """Expected power spectrum [frames, BINS], harmonics spread evenly between each other."""
-        density = np.where(self.voiced, _HARMONIC_DENSITY_HZ / np.maximum(self.f0_hz, VOICED_ABOVE_HZ), 0.0)
-        harmonic = magnitude(self.harmonic) ** 2 * density[:, None].astype(np.float32)
-        return harmonic + 2.0 * magnitude(self.noise) ** 2 + magnitude(self.residual) ** 2
+        return self._harmonic_power(_ALL_BINS) + self._noise_power(_ALL_BINS)
 
     def with_vocal_tract(self, ratio: float) -> Parts:
         """Formants at ``ratio`` times their frequency; below 1 is a longer vocal tract, a larger speaker."""
@@ -96,6 +108,15 @@ class Parts:
             self.residual_phase[nearest],
             self.f0_hz[nearest],
         )
+
+    def _harmonic_power(self, bins: slice) -> F32:
+        density = np.where(self.pitched, _HARMONIC_DENSITY_HZ / np.maximum(self.f0_hz, VOICED_ABOVE_HZ), 0.0)
+        power: F32 = magnitude(self.harmonic[:, bins]) ** 2 * density[:, None].astype(np.float32)
+        return power
+
+    def _noise_power(self, bins: slice) -> F32:
+        power: F32 = 2.0 * magnitude(self.noise[:, bins]) ** 2 + magnitude(self.residual[:, bins]) ** 2
+        return power
 
 
 def joined(pieces: Sequence[Parts]) -> Parts:

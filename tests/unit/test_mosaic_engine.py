@@ -27,11 +27,13 @@ from engines.contract import (
     UtteranceTooLong,
 )
 from engines.mosaic import engine as engine_module
+from engines.mosaic.base_speech import BaseSpeech
 from engines.mosaic.engine import MosaicConfig, MosaicEngine, VoiceCache
 from engines.mosaic.phone_features import PhoneFeatures
 from engines.mosaic.profile import VoiceProfile
+from engines.mosaic.source_filter import Parts
 from engines.mosaic.speaker_encoder import ENCODER_RATE_HZ, SpeakerEncoder, without_silence
-from engines.mosaic.spectrum import resample
+from engines.mosaic.spectrum import HANN, HOP, WINDOW, Bool, log_energy, log_power, resample
 from engines.mosaic.voice_map import PreparedVoice
 from engines.mosaic.weight_files import PHONE_PROJECTION, SPEAKER_ENCODER
 from engines.pitch import track_f0
@@ -102,6 +104,15 @@ def median_f0_hz(samples: Samples) -> float:
     return float(np.median(f0_hz[f0_hz > 0]))
 
 
+def sound_kinds(base: Parts) -> tuple[Bool, Bool]:
+    """Which frames of the base voice hiss, and which sound otherwise; neither if they are faint."""
+    power = base.power()
+    energy = log_energy(power)
+    audible = energy > energy.max() + log_power(-30.0)
+    hissing = power[:, 200:].sum(axis=1) > power[:, :200].sum(axis=1)
+    return audible & hissing, audible & ~hissing
+
+
 # --- speech ---------------------------------------------------------------------------------------------
 
 
@@ -170,6 +181,31 @@ def test_blocks_of_a_batch_alternate_and_the_first_is_short(
     chunks = list(engine.synthesize([Utterance(TEXT, "en", large_voice, seed=row) for row in range(3)]))
     assert [chunk.row for chunk in chunks[:6]] == [0, 1, 2, 0, 1, 2]
     assert len(chunks[0].samples) <= 0.25 * RATE_HZ
+
+
+def test_the_base_voice_is_voiced_where_harmonics_are_heard_not_where_it_has_a_pitch() -> None:
+    base = BaseSpeech(threads=1)
+    hissing_text = base.speak_all("She sees six thick ships pass the fast sea coast.")
+    humming_text = base.speak_all("We were away in a warm room near Rome all year long.")
+    hissing, _ = sound_kinds(hissing_text)
+    _, humming = sound_kinds(humming_text)
+    assert hissing_text.pitched[hissing].mean() > 0.5
+    assert hissing_text.voiced[hissing].mean() < 0.25
+    assert humming_text.voiced[humming].mean() > 0.8
+
+
+@pytest.mark.parametrize("voice", ["large_voice", "small_voice"])
+def test_hissing_consonants_go_on_hissing(
+    engine: MosaicEngine, voice: str, request: pytest.FixtureRequest
+) -> None:
+    text = "She sees six thick ships pass the fast sea coast."
+    base = BaseSpeech(threads=1).speak_all(text)
+    hissing, _ = sound_kinds(base)
+    samples = speak(engine, request.getfixturevalue(voice), text)
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(samples, WINDOW // 2), WINDOW)[::HOP]
+    power = np.abs(np.fft.rfft(frames[: len(base)] * HANN, axis=1)) ** 2
+    share_above_3_khz = power[:, 150:].sum(axis=1) / power.sum(axis=1)
+    assert np.median(share_above_3_khz[hissing]) > 0.8
 
 
 @pytest.mark.parametrize(
