@@ -54,7 +54,7 @@ class _PackedLinear:
     """Weights in oneDNN's own layout."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -68,7 +68,8 @@ class _Int8Linear:
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         weight = weight.float()
         self._scale = (weight.abs().amax(1) / 127).clamp(min=1e-12)
-        quantised = (weight / self._scale[:, None]).round().to(torch.int8)
+        # Contiguous: the packing reads memory as it lies, and GPT-2's weights come transposed.
+        quantised = (weight / self._scale[:, None]).round().to(torch.int8).contiguous()
         self._weight = torch.ops.onednn.qlinear_prepack(quantised, None)
         self._zero = torch.zeros(len(bias), dtype=torch.long)
         self._bias = bias.float()
