@@ -50,4 +50,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --group torch
 	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev --group coqui
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --group judges --group torch-audio
+	# pysbd, which coqui-tts brings, installs a package `benchmarks`; scripts would find it instead of ours.
+	rm -rf .venv/lib/python3*/site-packages/benchmarks
 	touch $@ .venv/demo.stamp
