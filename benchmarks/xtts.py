@@ -161,7 +161,8 @@ class Ours:
     """The engine, with a voice of its checkpoint."""
 
     def __init__(self, setup: Setup) -> None:
-        from engines.xtts.engine import XttsConfig, XttsEngine
+        from engines.xtts.engine import XttsEngine
+        from engines.xtts.settings import XttsConfig
 
         self._engine = XttsEngine(
             XttsConfig(

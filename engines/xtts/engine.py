@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from pydantic import Field, model_validator
 
 from engines.contract import (
     Abandon,
@@ -28,6 +26,7 @@ from engines.contract import (
 from engines.coqui import prepare_coqui
 from engines.weights import weights_dir
 from engines.xtts.languages import EXTRA, LANGUAGES, MAX_CHARS, REQUIRED_PACKAGES
+from engines.xtts.settings import XttsConfig
 
 if TYPE_CHECKING:
     from engines.xtts.loaded import LoadedXtts
@@ -35,45 +34,6 @@ if TYPE_CHECKING:
 _NAME = "xtts"
 #: How long a call waits for audio before it says that work goes on.
 _BEAT_S = 1.0
-_LONGEST_WINDOW_TOKENS = 605
-
-
-class XttsConfig(EngineConfig):
-    """Settings of the XTTS-v2 engine."""
-
-    slots: int = Field(default=4, ge=1, le=1024, description="Utterances one replica works on at once.")
-    model_dir: Path | None = Field(
-        default=None, description="Folder of the model's files; `xtts` in the models folder if left out."
-    )
-    accept_license: bool = Field(
-        default=False,
-        description="The operator accepts the Coqui Public Model License (non-commercial) of the weights.",
-    )
-    device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto is CUDA if there is one."
-    )
-    precision: Literal["fp32", "bf16", "fp16", "int8"] = Field(
-        default="fp32", description="Arithmetic of the GPT; int8 is for CPUs, fp16 for CUDA."
-    )
-    cache_mb: int | None = Field(
-        default=None, ge=1, description="Memory the slots may take; what is free if left out."
-    )
-    threads: int | None = Field(
-        default=None, ge=1, le=256, description="CPU threads of the model; OMP_NUM_THREADS if left out."
-    )
-    window_tokens: tuple[int, ...] = Field(
-        default=(10, 20, 40),
-        min_length=1,
-        description="Audio tokens (46 ms each) of the first, second, ... chunk; the last number repeats.",
-    )
-    trim_end: bool = Field(default=True, description="Cut silence and noise after the last sound.")
-    cuda_graphs: bool = Field(default=True, description="Replay the decode step as a CUDA graph.")
-
-    @model_validator(mode="after")
-    def _usable(self) -> XttsConfig:
-        if not all(1 <= tokens <= _LONGEST_WINDOW_TOKENS for tokens in self.window_tokens):
-            raise ValueError(f"window_tokens must be from 1 to {_LONGEST_WINDOW_TOKENS}")
-        return self
 
 
 class XttsEngine(Engine):

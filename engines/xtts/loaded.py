@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,12 +30,10 @@ from engines.xtts.linear import Precision
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
 from engines.xtts.model_files import load_model
 from engines.xtts.sampling import Sampling
+from engines.xtts.settings import XttsConfig
 from engines.xtts.speech import Order, Outbox
 from engines.xtts.text import TextFrontEnd, installed_languages
 from engines.xtts.vocoder import Vocoder
-
-if TYPE_CHECKING:
-    from engines.xtts.engine import XttsConfig
 
 #: Audio tokens an utterance may take: so many, and so many for each character it is read as. Speech takes
 #: about 1.3 a character; a multiple of that is a model that has lost its way.

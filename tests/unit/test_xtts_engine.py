@@ -26,7 +26,8 @@ from engines.contract import (
     UtteranceError,
 )
 from engines.coqui import prepare_coqui
-from engines.xtts.engine import XttsConfig, XttsEngine
+from engines.xtts.engine import XttsEngine
+from engines.xtts.settings import XttsConfig
 from tests.checkpoints.xtts import write_checkpoint
 from tests.speech import noisy_tone
 

@@ -14,7 +14,8 @@ import pytest
 from engines.contract import LicenceNotAccepted, ModelCorrupt, ModelError, ModelMissing, Samples
 from engines.coqui import prepare_coqui
 from engines.weights import MODELS_DIR_VARIABLE, weights_dir
-from engines.xtts.engine import XttsConfig, XttsEngine
+from engines.xtts.engine import XttsEngine
+from engines.xtts.settings import XttsConfig
 
 prepare_coqui("xtts")
 import torch  # noqa: E402 - after prepare_coqui, as everything below
