@@ -105,6 +105,8 @@ class EngineReplica:
         for call, utterance in zip(calls, utterances, strict=True):
             self._rows[call.call_id] = utterance.abandoned
         try:
+            # At once: only a call that has begun can be cancelled, and an engine may hang in its first step.
+            yield []
             async with aclosing(self._batcher.answers(utterances, terms, _BEAT_S)) as answers:
                 async for answer in answers:
                     if answer or not self._stuck(self._step_timeout_s):

@@ -174,6 +174,7 @@ async def test_closing_stops_the_engine() -> None:
 async def test_hanging_engine_is_freed_by_leaving() -> None:
     replica = EngineReplica("tone", {})
     answers = synthesize(replica, [call("please [hang] here")])
+    assert await anext(answers) == []
     waiting = asyncio.ensure_future(anext(answers))
     await asyncio.sleep(0.1)
     waiting.cancel()
@@ -242,9 +243,11 @@ async def test_batch_behind_a_stuck_engine_falls_silent(monkeypatch: pytest.Monk
     monkeypatch.setattr("serve_app.replica._BEAT_S", 0.01)
     replica = EngineReplica("tone", {}, step_timeout_s=0.05)
     stuck = synthesize(replica, [call("[hang]")])
+    assert await anext(stuck) == []
     asking = asyncio.ensure_future(anext(stuck))
     await asyncio.sleep(0.3)
     waiting = synthesize(replica, [call("waits")])
+    assert await anext(waiting) == []
     first = asyncio.ensure_future(anext(waiting))
     done, _ = await asyncio.wait({first}, timeout=0.2)
     assert not done
