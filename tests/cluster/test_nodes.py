@@ -155,7 +155,7 @@ def nodes(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "t" * 32,
         "RAY_worker_niceness": "0",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     }
     gcs_port, dashboard_port, port = free_port(), free_port(), free_port()
     head = Program(
