@@ -9,11 +9,22 @@ from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import EnrolRequest
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 
-def voice_object(voice: Voice) -> dict[str, Any]:
+def voice_object(voice: Voice | BuiltInVoice) -> dict[str, Any]:
     """A voice as clients see it."""
+    if isinstance(voice, BuiltInVoice):
+        return {
+            "object": "audio.voice",
+            "id": voice.id,
+            "voice_id": voice.id,
+            "name": voice.name,
+            "type": "built_in",
+            # Required by OpenAI's type; nobody knows when it was recorded.
+            "created_at": 0,
+            "model": voice.engine,
+        }
     return {
         "object": "audio.voice",
         "id": voice.id,
@@ -66,9 +77,10 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[str | None, Query(max_length=200)] = None,
     ) -> dict[str, Any]:
-        """Voices in order of enrolment."""
+        """Voices in order of enrolment, and behind them those that come with an engine."""
         page = await router.voices(limit=limit, after=after)
-        voices = [voice_object(voice) for voice in page.voices]
+        found: list[Voice | BuiltInVoice] = [*page.voices, *page.built_in]
+        voices = [voice_object(voice) for voice in found]
         return {
             "object": "list",
             "data": voices,

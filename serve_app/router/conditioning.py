@@ -6,8 +6,10 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import VoiceCloneError, from_engine
@@ -15,7 +17,7 @@ from serve_app.protocol import EngineFacts
 from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
 from serve_app.voices.store import VoiceStore
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,13 +57,29 @@ class ConditioningSource:
     async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> VoiceConditioning:
         """Conditioning of ``voice`` for the weights in ``facts``."""
         key = (voice.revision, facts.card.name, facts.weights_fingerprint)
+        return await self._once(key, lambda: self._load(key, voice, facts, engine))
+
+    async def built_in(
+        self, voice: BuiltInVoice, facts: EngineFacts, engine: EngineDispatch
+    ) -> VoiceConditioning:
+        """Conditioning of a voice that comes with the weights in ``facts``."""
+        key = (voice.id, facts.card.name, facts.weights_fingerprint)
+
+        async def load() -> VoiceConditioning:
+            return self._remember(key, await engine.built_in_voice(voice.name))
+
+        return await self._once(key, load)
+
+    async def _once(
+        self, key: _Key, load: Callable[[], Coroutine[Any, Any, VoiceConditioning]]
+    ) -> VoiceConditioning:
         entry = self._entries.get(key)
         if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
             self._entries.move_to_end(key)
             return entry
         task = self._pending.get(key)
         if task is None:
-            task = start_detached(self._load(key, voice, facts, engine))
+            task = start_detached(load())
             self._pending[key] = task
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         # One caller leaving must not stop the computation others wait for.

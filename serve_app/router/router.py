@@ -50,7 +50,8 @@ from serve_app.protocol import (
 )
 from serve_app.router import text as texts
 from serve_app.router.batching import EngineQueue, QueueLimits
-from serve_app.router.conditioning import ConditioningSource, extract
+from serve_app.router.built_in_voices import built_in_voices, find_built_in_voice
+from serve_app.router.conditioning import ConditioningSource, VoiceConditioning, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
 from serve_app.router.fair_queue import Tier
 from serve_app.router.limits.admission import Admission
@@ -59,7 +60,7 @@ from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
-from serve_app.voices.voice import Consent, NewVoice, Voice
+from serve_app.voices.voice import BuiltInVoice, Consent, NewVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
@@ -220,9 +221,9 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice = await self._voice(request.voice, request.owner)
+        voice = await self._voice(request.voice, request.owner, name)
         language = _language(request.language, text, facts)
-        prepared = await self._conditioning.get(voice, facts, self._engines[name])
+        prepared = await self._prepared(voice, name, facts)
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
@@ -289,6 +290,13 @@ class Router:
                 self._metrics.count(REQUESTS, engine=name, client=client, outcome=outcome)
                 self._metrics.count(AUDIO, playback.sent_s, engine=name, client=client)
                 self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
+
+    async def _prepared(
+        self, voice: Voice | BuiltInVoice, name: str, facts: EngineFacts
+    ) -> VoiceConditioning:
+        if isinstance(voice, BuiltInVoice):
+            return await self._conditioning.built_in(voice, facts, self._engines[name])
+        return await self._conditioning.get(voice, facts, self._engines[name])
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -370,19 +378,41 @@ class Router:
         )
 
     @answers
-    async def voice(self, voice: str, owner: str = "public") -> Voice:
+    async def voice(self, voice: str, owner: str = "public") -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
+        await self._meet_engines()
         return await self._voice(voice, owner)
 
     @answers
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
-        return await self._store.list(owner, limit=limit, after=after)
+        """Voices in order of enrolment, and behind them those that come with an engine."""
+        await self._meet_engines()
+        built_in = built_in_voices(self._facts)
+        ids = [voice.id for voice in built_in]
+        if after in ids:
+            page, built_in = VoicePage((), has_more=False), built_in[ids.index(after) + 1 :]
+        else:
+            page = await self._store.list(owner, limit=limit, after=after)
+        if page.has_more:
+            return page
+        room = limit - len(page.voices)
+        return replace(page, built_in=tuple(built_in[:room]), has_more=len(built_in) > room)
+
+    async def _meet_engines(self) -> None:
+        """Learn what engines bring with them, of those that should be running: none is started for it."""
+        names = [name for name in self._engines if self._settings.engines[name].replicas.min_replicas]
+        await asyncio.gather(
+            *(self._engine_facts(name, timeout_s=2.0) for name in names), return_exceptions=True
+        )
 
     @answers
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
         """Remove a voice; speeches that run finish with it."""
         found = await self._voice(voice, owner)
+        if isinstance(found, BuiltInVoice):
+            raise VoiceNotFound(
+                f"'{found.name}' comes with engine '{found.engine}' and cannot be deleted.", param="voice"
+            )
         await self._store.delete(found.id, owner)
         self._conditioning.forget(found)
         return found
@@ -448,8 +478,23 @@ class Router:
             chunk_timeout_s=batching.chunk_timeout_s,
         )
 
-    async def _voice(self, voice: str, owner: str) -> Voice:
-        return await self._store.get(self._settings.voices.aliases.get(voice, voice), owner)
+    async def _voice(self, voice: str, owner: str, engine: str | None = None) -> Voice | BuiltInVoice:
+        """An enrolled voice, or else one that comes with an engine: with ``engine``, if one is named."""
+        asked = self._settings.voices.aliases.get(voice, voice)
+        try:
+            return await self._store.get(asked, owner)
+        except VoiceNotFound:
+            found = find_built_in_voice(asked, {engine: self._facts[engine]} if engine else self._facts)
+            if found is not None:
+                return found
+            elsewhere = find_built_in_voice(asked, self._facts)
+            if elsewhere is None:
+                raise
+        raise VoiceNotFound(
+            f"'{elsewhere.name}' comes with engine '{elsewhere.engine}' and speaks with no other. "
+            f"Set 'model' to '{elsewhere.engine}'.",
+            param="voice",
+        )
 
     def _check_length(self, text: str) -> None:
         limit = self._settings.limits.max_input_chars
