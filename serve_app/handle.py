@@ -21,6 +21,7 @@ from ulid import ULID
 from serve_app.errors import InternalError, Unavailable
 from serve_app.protocol import (
     AudioFrame,
+    Caller,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -90,17 +91,17 @@ class RouterHandle:
         """Make a voice of a recording."""
         return await self._call("enrol", Voice, request)
 
-    async def voice(self, voice: str, owner: str = "public") -> Voice:
+    async def voice(self, voice: str, caller: Caller) -> Voice:
         """One voice by id, name or alias."""
-        return await self._call("voice", Voice, voice, owner)
+        return await self._call("voice", Voice, voice, caller)
 
-    async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
-        return await self._call("voices", VoicePage, owner, limit, after)
+    async def voices(self, caller: Caller, limit: int = 100, after: str | None = None) -> VoicePage:
+        """The voices there are for ``caller``, in order of enrolment."""
+        return await self._call("voices", VoicePage, caller, limit, after)
 
-    async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
-        """Remove a voice and return what it was."""
-        return await self._call("delete_voice", Voice, voice, owner)
+    async def delete_voice(self, voice: str, caller: Caller) -> str:
+        """Remove a voice and return its id."""
+        return await self._call("delete_voice", str, voice, caller)
 
     async def models(self) -> dict[str, EngineFacts | None]:
         """Served engines by name; None for one that has no running replica now."""

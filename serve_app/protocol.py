@@ -30,14 +30,26 @@ class Priority(StrEnum):
     BULK = "bulk"
 
 
+class KeyScope(StrEnum):
+    """What a caller may do. ``admin`` includes the others."""
+
+    SPEAK = "speak"
+    VOICES = "voices"
+    ADMIN = "admin"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: what limits and fair shares are counted by."""
+    """Who asks: what limits and fair shares are counted by, and whose voices there are for it."""
 
     #: IP address of the client, of an IPv6 one its /64 network; or one of the two constants above.
     address: str = LOCAL_ADDRESS
     #: Name of the configured API key; empty for a caller without one.
     key: str = ""
+    #: Whose voices it makes, and sees beside the shared ones. ``voices.voice.PUBLIC`` without a key.
+    owner: str = "public"
+    #: Sees and may delete the voices of all owners.
+    admin: bool = False
 
     @property
     def client(self) -> str:
@@ -65,7 +77,6 @@ class SpeechRequest:
     #: None draws one; the answer says which.
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    owner: str = "public"
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
     priority: Priority = Priority.INTERACTIVE
@@ -117,7 +128,6 @@ class EnrolRequest:
     model: str | None = None
     #: Replace a voice of this name instead of refusing.
     replace: bool = False
-    owner: str = "public"
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
 

@@ -20,6 +20,7 @@ from serve_app.errors import (
     InvalidJson,
     InvalidRequest,
     InvalidValue,
+    JsonExpected,
     MethodNotAllowed,
     MissingField,
     ReachedLimit,
@@ -44,6 +45,13 @@ _V3_CODES_BY_STATUS = {
 }
 
 
+def route_path(scope: Scope) -> str:
+    """The path below the place where the application is mounted."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
 def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
     """The response for ``error`` in the dialect of the path."""
     request_id = scope.get("state", {}).get("request_id", "")
@@ -54,7 +62,7 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
         headers |= _limit_headers(error.limit, error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if scope["path"].startswith("/api/"):
+    if route_path(scope).startswith("/api/"):
         default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
         code = _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
         body = {"success": False, "message": error.message, "error": error.message, "code": code}
@@ -112,7 +120,12 @@ def install_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(request.scope, from_validation(error))
+        problem = from_validation(error)
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_json = sent == "application/json" or sent.endswith("+json")
+        if isinstance(problem, InvalidJson) and sent and not is_json:
+            problem = JsonExpected("The body has to be JSON. Send it with 'Content-Type: application/json'.")
+        return error_response(request.scope, problem)
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> JSONResponse:

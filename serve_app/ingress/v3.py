@@ -97,21 +97,22 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         }
 
     @api.get("/voices")
-    async def list_voices() -> dict[str, Any]:
+    async def list_voices(request: Request) -> dict[str, Any]:
         """All voices."""
+        caller = callers.caller(request.scope)
         voices: list[Voice] = []
         after: str | None = None
         while True:
-            page = await router.voices(limit=1000, after=after)
+            page = await router.voices(caller, 1000, after)
             voices.extend(page.voices)
             if not page.has_more:
                 return {"success": True, "voices": [_voice_info(voice) for voice in voices]}
             after = page.voices[-1].id
 
     @api.delete("/voices/{voice_id}")
-    async def delete_voice(voice_id: str) -> dict[str, Any]:
+    async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
         """Remove a voice."""
-        await router.delete_voice(voice_id)
+        await router.delete_voice(voice_id, callers.caller(request.scope))
         return {"success": True, "message": "Voice deleted."}
 
     return api

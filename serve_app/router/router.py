@@ -31,13 +31,12 @@ from serve_app.errors import (
     UnsupportedLanguage,
     UnsupportedOption,
     VoiceCloneError,
-    VoiceExists,
-    VoiceNotFound,
 )
 from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
 from serve_app.process import process_activity
 from serve_app.protocol import (
     AudioFrame,
+    Caller,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -59,6 +58,7 @@ from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
+from serve_app.voices.visible import VisibleVoices
 from serve_app.voices.voice import Consent, NewVoice, Voice
 
 logger = logging.getLogger("ray.serve")
@@ -123,6 +123,13 @@ class Router:
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
         self._sweeping = asyncio.create_task(self._sweep())
+        self._voices = VisibleVoices(
+            self._store,
+            aliases=settings.voices.aliases,
+            shared_owners=settings.voices.shared_owners,
+            shared_ids=settings.voices.shared_ids,
+            max_per_owner=settings.voices.max_per_owner,
+        )
         self._reader = ReferenceReader(settings.voices.reference)
         self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
@@ -220,7 +227,7 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice = await self._voice(request.voice, request.owner)
+        voice = await self._voices.get(request.voice, request.caller)
         language = _language(request.language, text, facts)
         prepared = await self._conditioning.get(voice, facts, self._engines[name])
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
@@ -346,8 +353,7 @@ class Router:
             )
         name = self._engine_name(request.model)
         new = _new_voice(request)
-        if not request.replace:
-            await self._refuse_taken_name(new)
+        await self._voices.check_new(new.name, new.owner, replace=request.replace)
         checked = await self._reader.read(request.audio)
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
         conditioning = await extract(self._engines[name], reference)
@@ -357,35 +363,23 @@ class Router:
         self._conditioning.refine_later(voice, reference, conditioning, self._engines[name])
         return voice
 
-    async def _refuse_taken_name(self, new: NewVoice) -> None:
-        """Say so before any work is done; ``create`` decides for good."""
-        try:
-            taken = await self._store.get(new.name, new.owner)
-        except VoiceNotFound:
-            return
-        raise VoiceExists(
-            f"A voice of this name is enrolled already as {taken.id}. "
-            "Choose another name or delete that one first.",
-            param="name",
-        )
-
     @answers
-    async def voice(self, voice: str, owner: str = "public") -> Voice:
+    async def voice(self, voice: str, caller: Caller) -> Voice:
         """One voice by id, name or alias."""
-        return await self._voice(voice, owner)
+        return await self._voices.get(voice, caller)
 
     @answers
-    async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
-        return await self._store.list(owner, limit=limit, after=after)
+    async def voices(self, caller: Caller, limit: int, after: str | None) -> VoicePage:
+        """The voices there are for ``caller``, in order of enrolment."""
+        return await self._voices.list(caller, limit=limit, after=after)
 
     @answers
-    async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
-        """Remove a voice; speeches that run finish with it."""
-        found = await self._voice(voice, owner)
-        await self._store.delete(found.id, owner)
-        self._conditioning.forget(found)
-        return found
+    async def delete_voice(self, voice: str, caller: Caller) -> str:
+        """Remove a voice and give its id; speeches that run finish with it."""
+        voice_id, gone = await self._voices.delete(voice, caller)
+        if gone is not None:
+            self._conditioning.forget(gone)
+        return voice_id
 
     @answers
     async def models(self) -> dict[str, EngineFacts | None]:
@@ -448,9 +442,6 @@ class Router:
             chunk_timeout_s=batching.chunk_timeout_s,
         )
 
-    async def _voice(self, voice: str, owner: str) -> Voice:
-        return await self._store.get(self._settings.voices.aliases.get(voice, voice), owner)
-
     def _check_length(self, text: str) -> None:
         limit = self._settings.limits.max_input_chars
         if len(text) > limit:
@@ -476,7 +467,7 @@ def _new_voice(request: EnrolRequest) -> NewVoice:
     try:
         return NewVoice(
             name=request.name,
-            owner=request.owner,
+            owner=request.caller.owner,
             language=request.language,
             transcript=request.transcript,
             consent=Consent(statement=statement, recorded_at=int(time.time())) if statement else None,

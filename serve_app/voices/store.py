@@ -26,7 +26,7 @@ import logging
 import re
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -223,23 +223,53 @@ class VoiceStore:
             voice = None if key is None else await self._read_record(key)
             if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
             return voice
 
-    async def list(self, owner: str = PUBLIC, *, limit: int = 100, after: str | None = None) -> VoicePage:
-        """Up to ``limit`` voices of ``owner``, oldest first, beginning after the id ``after``.
-
-        A record that cannot be read is logged and left out.
-        """
-        if not is_owner(owner):
-            return VoicePage((), has_more=False)
-        async with self._access("list"):
-            metas = await self._list(f"records/{owner}")
-            if not metas:
+    async def owner_of(self, voice_id: str) -> str:
+        """Whose voice that is. Raises ``VoiceNotFound``."""
+        async with self._access("read"):
+            blob = await self._get(_pointer(voice_id)) if is_voice_id(voice_id) else None
+            key = "" if blob is None else blob.decode("ascii", "replace")
+            if not _RECORD_KEY.fullmatch(key):
                 await self._ensure_reachable()
-            voices = sorted(await self._read_records(metas, scope=f"records/{owner}/"), key=_id_of)
-        rest = [voice for voice in voices if after is None or voice.id > after]
+                raise voice_not_found()
+        return key.split("/")[1]
+
+    async def list(
+        self,
+        owners: str | Collection[str] | None = PUBLIC,
+        *,
+        ids: Collection[str] = (),
+        limit: int = 100,
+        after: str | None = None,
+    ) -> VoicePage:
+        """Up to ``limit`` voices of ``owners`` (None: of all), oldest first, from after the id ``after``.
+
+        Voices of ``ids`` are among them whoever owns them. A record that cannot be read is logged and left
+        out.
+        """
+        if isinstance(owners, str):
+            owners = (owners,)
+        prefixes = ["records"] if owners is None else [f"records/{one}" for one in owners if is_owner(one)]
+        found: dict[str, Voice] = {}
+        async with self._access("list"):
+            for prefix in prefixes:
+                metas = await self._list(prefix)
+                for voice in await self._read_records(metas, scope=f"{prefix}/"):
+                    found[voice.id] = voice
+            if prefixes and not found:
+                await self._ensure_reachable()
+        for voice_id in set(ids) - found.keys():
+            with suppress(VoiceNotFound, VoiceDamaged):
+                found[voice_id] = await self.get(voice_id, await self.owner_of(voice_id))
+        rest = [found[voice_id] for voice_id in sorted(found) if after is None or voice_id > after]
         return VoicePage(tuple(rest[:limit]), has_more=len(rest) > limit)
+
+    async def count(self, owner: str) -> int:
+        """How many voices ``owner`` has, damaged ones included."""
+        async with self._access("list"):
+            return len(await self._list(f"records/{owner}")) if is_owner(owner) else 0
 
     async def delete(self, id_or_name: str, owner: str = PUBLIC) -> Voice | None:
         """Remove a voice: its record at once, then its recording and all conditioning.
@@ -250,7 +280,7 @@ class VoiceStore:
             key = await self._locate(id_or_name, owner)
             if key is None:
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
             voice: Voice | None
             try:
                 voice = await self._read_record(key)
@@ -259,11 +289,11 @@ class VoiceStore:
             else:
                 if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
                     await self._ensure_reachable()
-                    raise _not_found()
+                    raise voice_not_found()
             try:
                 await obstore.delete_async(self._store, key)
             except FileNotFoundError:
-                raise _not_found() from None
+                raise voice_not_found() from None
             self._cache.pop(key, None)
         if voice is not None:
             # Only of the revision that was read: a replacement may be writing another. The pointer is left
@@ -281,7 +311,7 @@ class VoiceStore:
             blob = await self._get(f"{_blobs(voice)}/reference.flac")
             if blob is None:
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
         try:
             return await asyncio.to_thread(_decode_reference, voice, blob)
         except AudioUndecodable as error:
@@ -591,7 +621,8 @@ def _exists() -> VoiceExists:
     )
 
 
-def _not_found() -> VoiceNotFound:
+def voice_not_found() -> VoiceNotFound:
+    """The one answer about every voice that is not there for whoever asks."""
     return VoiceNotFound(f"There is no such voice. {_NEXT_STEP}", param="voice")
 
 

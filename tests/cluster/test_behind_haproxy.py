@@ -39,6 +39,8 @@ def served(
         },
         "router": {"min_replicas": 2, "max_replicas": 2},
         "limits": {"per_ip": {"requests_per_minute": 3}, "max_input_chars": len(BOOK)},
+        "anonymous": ["speak"],
+        "voices": {"shared": ["owner"]},
         "keys": {
             name: {"sha256": hashlib.sha256(name.encode()).hexdigest(), **quota}
             for name, quota in {"owner": {}, "narrow": {"concurrent": 1}}.items()
