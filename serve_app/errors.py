@@ -10,8 +10,10 @@
     + Forbidden 403                 permission_error
       - ConsentRequired · VoiceForbidden · HostNotAllowed · OriginNotAllowed
     + NotFound 404                  not_found_error
-      - ModelNotFound · VoiceNotFound · RouteNotFound
+      - ModelNotFound · VoiceNotFound · RouteNotFound · NodeNotFound · AnnouncementNotFound
     + MethodNotAllowed 405          invalid_request_error
+    + Gone 410                      invalid_request_error
+    + ScalesItself 409              conflict_error
     + VoiceExists 409               conflict_error
     + TooManyVoices 409             conflict_error
     + BodyTooLarge 413              invalid_request_error
@@ -233,6 +235,38 @@ class RouteNotFound(NotFound):
 
     code = "route_not_found"
     title = "No such route"
+
+
+class NodeNotFound(NotFound):
+    """No replica of that id."""
+
+    code = "node_not_found"
+    title = "Node not found"
+
+
+class AnnouncementNotFound(NotFound):
+    """No announcement of that id."""
+
+    code = "announcement_not_found"
+    title = "Announcement not found"
+
+
+class Gone(VoiceCloneError):
+    """A route of the old system that has nothing to do any more."""
+
+    status = 410
+    type = "invalid_request_error"
+    code = "gone"
+    title = "Gone"
+
+
+class ScalesItself(VoiceCloneError):
+    """The number of replicas of this engine is not for clients to say."""
+
+    status = 409
+    type = "conflict_error"
+    code = "scales_itself"
+    title = "Engine scales itself"
 
 
 class MethodNotAllowed(VoiceCloneError):

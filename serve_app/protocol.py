@@ -201,6 +201,53 @@ class ReplicaActivity:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaFigures:
+    """What an operator sees of one replica; cheap enough to be asked for every second."""
+
+    #: The id by which Serve knows it.
+    replica: str
+    #: CPU seconds of its process, and how long that runs.
+    cpu_s: float
+    uptime_s: float
+    #: Memory of its process, in percent of its machine's.
+    memory_percent: float
+    #: Rows it works on and rows it can work on, now.
+    rows_open: int
+    slots: int
+    #: Utterances since it started: spoken, failed, and the seconds from their batch's start to their end.
+    spoken: int
+    failed: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFigures:
+    """What an operator sees of one router."""
+
+    #: Requests it answers now, those it has answered, and the seconds all those took.
+    running: int
+    answered: int
+    answering_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """How far a request of several texts is, for those who watch."""
+
+    request_id: str
+    #: ``Caller.client`` of whoever asked: nobody else sees it.
+    client: str
+    total: int
+    succeeded: int = 0
+    failed: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """True if no more will come."""
+        return self.succeeded + self.failed == self.total
+
+
+@dataclass(frozen=True, slots=True)
 class RouterActivity:
     """What one router holds now."""
 

@@ -93,7 +93,7 @@ def ensure_graph(settings: Settings | None = None) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     if APP_NAME not in serve.status().applications:
         serve.start(proxy_location=ProxyLocation.Disabled)
-        serve.run(build_app(settings or load_settings()), name=APP_NAME)
+        serve.run(build_app(settings or load_settings()), name=APP_NAME, external_scaler_enabled=True)
 
 
 def run_server(settings: Settings, *, host: str, port: int, address: str, console: Console) -> None:
@@ -180,7 +180,8 @@ def _start_graph(settings: Settings, host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
-        serve.run(build_app(settings), name=APP_NAME)
+        # So that operators can have an engine stand by.
+        serve.run(build_app(settings), name=APP_NAME, external_scaler_enabled=True)
     except (RuntimeError, TimeoutError, RayError) as error:
         # Ray's message carries the traceback of the process that failed; its last line is the reason.
         reason = str(error).strip().splitlines()[-1]

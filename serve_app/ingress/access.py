@@ -53,8 +53,18 @@ RULES = (
     Rule("/v1/audio/speech", _SPEAK, _SPEAK),
     Rule("/v1/audio/voices", _ANY, _VOICES),
     Rule("/api/synthesize", _SPEAK, _SPEAK),
+    Rule("/api/batch_synthesize", _SPEAK, _SPEAK),
     Rule("/api/extract_voice", _VOICES, _VOICES),
     Rule("/api/voices", _ANY, _VOICES),
+    Rule("/api/status", _ANY, _ADMIN),
+    Rule("/ws", _ANY, _ANY),
+    # Says where machines are.
+    Rule("/api/nodes/*/command", _ADMIN, _ADMIN),
+    # Workers of the old system had no key; they are told why they are not needed.
+    Rule("/api/nodes/register", _ANY, _ANY),
+    Rule("/api/nodes/*/heartbeat", _ANY, _ANY),
+    Rule("/api/nodes", _ADMIN, _ADMIN),
+    Rule("/api/announcements", _ANY, _ADMIN),
 )
 
 

@@ -35,6 +35,7 @@ logger = logging.getLogger("ray.serve")
 _V3_CODES = {
     "voice_not_found": "VOICE_NOT_FOUND",
     "model_not_found": "NODE_NOT_FOUND",
+    "node_not_found": "NODE_NOT_FOUND",
     "engine_unavailable": "MODEL_NOT_LOADED",
 }
 _V3_CODES_BY_STATUS = {
@@ -52,6 +53,12 @@ def route_path(scope: Scope) -> str:
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
+def v3_code(error: VoiceCloneError) -> str:
+    """The code of the v3 gateway for ``error``."""
+    default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
+    return _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
+
+
 def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
     """The response for ``error`` in the dialect of the path."""
     request_id = scope.get("state", {}).get("request_id", "")
@@ -63,9 +70,12 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if route_path(scope).startswith("/api/"):
-        default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
-        code = _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
-        body = {"success": False, "message": error.message, "error": error.message, "code": code}
+        body = {
+            "success": False,
+            "message": error.message,
+            "error": error.message,
+            "code": v3_code(error),
+        }
         return JSONResponse(body, error.status, headers)
     return JSONResponse(
         {

@@ -36,18 +36,22 @@ from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, RE
 from serve_app.process import process_activity
 from serve_app.protocol import (
     AudioFrame,
+    BatchProgress,
     Caller,
     EngineFacts,
     EnrolRequest,
     Failure,
     Priority,
+    ReplicaFigures,
     RouterActivity,
+    RouterFigures,
     SpeechEvent,
     SpeechRequest,
     SpeechStarted,
     UtteranceCall,
 )
 from serve_app.router import text as texts
+from serve_app.router.batch_board import BatchBoard
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.conditioning import ConditioningSource, extract
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
@@ -56,6 +60,7 @@ from serve_app.router.limits.admission import Admission
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
+from serve_app.voices.announcements import Announcement, Announcements
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.visible import VisibleVoices
@@ -115,7 +120,9 @@ class Router:
         self._queues: dict[str, EngineQueue] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._playing: dict[str, Playback] = {}
-        self._running = 0
+        self._running = self._answered = 0
+        self._answering_s = 0.0
+        self._batches = BatchBoard()
         self._draining = False
         self._spoken = SpokenUtterances(settings.cache.max_mb << 20, self._metrics)
         self._seeds = SeedsInUse(lambda: secrets.randbelow(_SEED_LIMIT))
@@ -130,6 +137,7 @@ class Router:
             shared_ids=settings.voices.shared_ids,
             max_per_owner=settings.voices.max_per_owner,
         )
+        self._announcements = Announcements(self._store)
         self._reader = ReferenceReader(settings.voices.reference)
         self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
@@ -183,10 +191,13 @@ class Router:
         if self._draining:
             raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
         self._running += 1
+        began_s = time.monotonic()
         try:
             yield
         finally:
             self._running -= 1
+            self._answered += 1
+            self._answering_s += time.monotonic() - began_s
 
     async def _speak(self, request: SpeechRequest, asked_s: float) -> AsyncGenerator[list[SpeechEvent], None]:
         first = self._engine_name(request.model)
@@ -380,6 +391,42 @@ class Router:
         if gone is not None:
             self._conditioning.forget(gone)
         return voice_id
+
+    @answers
+    async def announcements(self) -> tuple[Announcement, ...]:
+        """What operators have to say and is not over, oldest first."""
+        return await self._announcements.current()
+
+    @answers
+    async def announce(self, announcement: Announcement) -> bool:
+        """Keep an announcement."""
+        await self._announcements.put(announcement)
+        return True
+
+    @answers
+    async def withdraw(self, announcement_id: str) -> bool:
+        """Remove an announcement."""
+        await self._announcements.remove(announcement_id)
+        return True
+
+    @answers
+    async def replica_figures(self) -> dict[str, list[ReplicaFigures]]:
+        """Figures of the replicas by engine."""
+        figures = await asyncio.gather(*(engine.figures() for engine in self._engines.values()))
+        return dict(zip(self._engines, figures, strict=True))
+
+    async def figures(self) -> RouterFigures:
+        """What an operator sees of this router."""
+        return RouterFigures(self._running, self._answered, self._answering_s)
+
+    async def report_batch(self, progress: BatchProgress) -> None:
+        """A request of several texts has come this far. Told to every router, as anybody may ask any."""
+        self._batches.report(progress)
+
+    @answers
+    async def batches(self, caller: Caller) -> list[BatchProgress]:
+        """How far the requests of several texts of ``caller`` are."""
+        return self._batches.of(caller.client)
 
     @answers
     async def models(self) -> dict[str, EngineFacts | None]:

@@ -69,6 +69,8 @@ SETTINGS: dict[str, Any] = {
             "replicas": {"num_cpus": 0.1},
             "fallback": ["tone"],
         },
+        # For the test that has it stand by.
+        "resting": {"engine": "tone", "replicas": {"num_cpus": 0.1}},
         "mosaic": {"replicas": {"num_cpus": 0.1}},
     },
     "model_aliases": {"quick": "tone"},
@@ -113,7 +115,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port)
         )
-        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME)
+        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME, external_scaler_enabled=True)
         url = f"http://127.0.0.1:{port}"
         openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx.Client(base_url=url, timeout=60) as http:
