@@ -52,6 +52,7 @@ RULES = (
     Rule("/v1/audio/models", _ANY, _ADMIN),
     Rule("/v1/audio/speech", _SPEAK, _SPEAK),
     Rule("/v1/audio/voices", _ANY, _VOICES),
+    Rule("/v1/audio/voice_consents", _VOICES, _VOICES),
     Rule("/api/synthesize", _SPEAK, _SPEAK),
     Rule("/api/batch_synthesize", _SPEAK, _SPEAK),
     Rule("/api/extract_voice", _VOICES, _VOICES),

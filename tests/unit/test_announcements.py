@@ -65,9 +65,7 @@ async def test_hostile_ids_find_nothing(place: Path, attempt: str) -> None:
     with pytest.raises(AnnouncementNotFound):
         await opened(place).remove(attempt)
     with pytest.raises(ValidationError):
-        Announcement(id=attempt, title="t", message="") if attempt else Announcement(
-            id="", title="t", message=""
-        )
+        Announcement(id=attempt, title="t", message="")
     assert len(await opened(place).current()) == 1
 
 
