@@ -1,20 +1,24 @@
-"""The ``voice-clone`` command: serve, speak, voices, models, doctor."""
+"""The ``voice-clone`` command: serve, speak, voices, keys, models, doctor."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from engines.contract import EngineError
 from engines.weights import weights_dir
 from serve_app.client import SAVED_AS, HttpClient
-from serve_app.config import ConfigError, Settings, load_settings, reference
+from serve_app.config import ConfigError, Settings, describe, load_settings, reference
 from serve_app.environment import prepare_environment
 from serve_app.errors import VoiceCloneError
 from serve_app.models import GOOD, PullFailed, Weights, check, files_here, load_catalogue, pull
@@ -23,6 +27,8 @@ from serve_app.voices.store import StoreNotUsable
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Voice Clone TTS.")
 voices_app = typer.Typer(no_args_is_help=True, help="Enrol, list and delete voices.")
 app.add_typer(voices_app, name="voices")
+keys_app = typer.Typer(no_args_is_help=True, help="Make API keys.")
+app.add_typer(keys_app, name="keys")
 models_app = typer.Typer(no_args_is_help=True, help="Fetch and check the weights of engines.")
 app.add_typer(models_app, name="models")
 
@@ -34,6 +40,8 @@ ServerOption = Annotated[
     str, typer.Option("--server", envvar="VOICE_CLONE_SERVER", help="Root URL of the server.")
 ]
 DEFAULT_SERVER = "http://127.0.0.1:8000"
+#: From the environment only: what is typed is kept in the shell's history and shown to all by `ps`.
+API_KEY_VARIABLE = "VOICE_CLONE_API_KEY"
 
 
 def _audio_path(path: Path) -> Path:
@@ -84,7 +92,7 @@ def speak(
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Speak a text in a voice and write the audio to a file."""
-    with HttpClient(server) as tts, console.status("Speaking…"):
+    with _client(server) as tts, console.status("Speaking…"):
         speech = tts.speak(text, voice, engine=engine, language=language, speed=speed, seed=seed)
         path = speech.save(output)
     console.print(f"{path}: {speech.duration_s:.1f} s by {speech.engine}, seed {speech.seed}")
@@ -101,7 +109,7 @@ def voices_add(
     server: ServerOption = DEFAULT_SERVER,
 ) -> None:
     """Enrol a voice; its id goes to standard output."""
-    with HttpClient(server) as tts, console.status("Enrolling…"):
+    with _client(server) as tts, console.status("Enrolling…"):
         voice = tts.enrol(
             name, recording, consent=consent, transcript=transcript, language=language, replace=replace
         )
@@ -113,7 +121,7 @@ def voices_add(
 @voices_app.command("list")
 def voices_list(server: ServerOption = DEFAULT_SERVER) -> None:
     """List the enrolled voices, and those that come with an engine."""
-    with HttpClient(server) as tts:
+    with _client(server) as tts:
         voices = tts.voices()
     table = Table("id", "name", "language", "seconds", "engine")
     for voice in voices:
@@ -127,8 +135,34 @@ def voices_delete(
     voice: Annotated[str, typer.Argument(help="Id or name.")], server: ServerOption = DEFAULT_SERVER
 ) -> None:
     """Delete a voice."""
-    with HttpClient(server) as tts:
+    with _client(server) as tts:
         tts.delete_voice(voice)
+
+
+@keys_app.command("new")
+def keys_new(
+    name: Annotated[str, typer.Argument(help="Who holds it: letters, digits, '_' and '-'.")],
+    scopes: Annotated[
+        str, typer.Option(help="What it may do, separated by commas: speak, voices, admin.")
+    ] = "speak,voices",
+    bulk_only: Annotated[bool, typer.Option(help="Its requests wait for everybody else's.")] = False,
+) -> None:
+    """Make an API key: print it, this once, and the lines that let the server know it."""
+    secret = f"vc_{secrets.token_urlsafe(32)}"
+    entry: dict[str, object] = {
+        "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+        "scopes": [scope.strip() for scope in scopes.split(",")],
+    }
+    if bulk_only:
+        entry["bulk_only"] = True
+    try:
+        Settings.model_validate({"keys": {name: entry}})
+    except ValidationError as error:
+        raise ConfigError(describe(error, "the key")) from error
+    console.print("The key, for its holder; it is kept nowhere and cannot be shown again:")
+    typer.echo(secret)
+    console.print("\nFor the configuration of the server:")
+    typer.echo(yaml.safe_dump({"keys": {name: entry}}, sort_keys=False), nl=False)
 
 
 EngineArgument = Annotated[str, typer.Argument(help="Engine the weights belong to.")]
@@ -202,6 +236,10 @@ def doctor(
         out.print(f"{mark} {finding.subject}: {finding.detail}", highlight=False, soft_wrap=True)
     if not all(finding.ok for finding in findings):
         raise typer.Exit(1)
+
+
+def _client(server: str) -> HttpClient:
+    return HttpClient(server, api_key=os.environ.get(API_KEY_VARIABLE))
 
 
 def _settings(config: Path | None) -> Settings:

@@ -30,8 +30,10 @@ from anyio.from_thread import start_blocking_portal
 
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
-from serve_app.protocol import AudioFrame, EnrolRequest, SpeechRequest, SpeechStarted
+from serve_app.protocol import AudioFrame, Caller, EnrolRequest, SpeechRequest, SpeechStarted
 
+#: Whoever holds a handle runs the cluster: there is nothing to hide.
+_OPERATOR = Caller(admin=True)
 #: Suffixes of the files that ``Speech.save`` writes.
 SAVED_AS = (".wav", ".flac", ".mp3", ".ogg")
 
@@ -150,6 +152,7 @@ class Client(ABC):
                 transcript=transcript,
                 language=language,
                 replace=replace,
+                caller=_OPERATOR,
             )
         )
 
@@ -190,6 +193,7 @@ class Client(ABC):
                 speed=options.get("speed", 1.0),
                 seed=options.get("seed"),
                 options=options.get("engine_options", {}),
+                caller=_OPERATOR,
             )
         )
 
@@ -226,7 +230,7 @@ class HandleClient(Client):
         found: list[VoiceInfo] = []
         while True:
             after = found[-1].id if found else None
-            page = self._portal.call(self._router.voices, "public", 1000, after)
+            page = self._portal.call(self._router.voices, _OPERATOR, 1000, after)
             found.extend(_voice_info(voice.model_dump()) for voice in page.voices)
             found.extend(
                 VoiceInfo(voice.id, voice.name, "", 0.0, (), voice.engine) for voice in page.built_in
@@ -236,7 +240,7 @@ class HandleClient(Client):
 
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
-        self._portal.call(self._router.delete_voice, voice)
+        self._portal.call(self._router.delete_voice, voice, _OPERATOR)
 
     def models(self) -> list[ModelInfo]:
         """The served engines."""
@@ -274,8 +278,15 @@ class HandleClient(Client):
 class HttpClient(Client):
     """Talks to a server over HTTP. ``base_url`` is the server's root, without ``/v1``."""
 
-    def __init__(self, base_url: str = "http://127.0.0.1:8000", *, timeout_s: float = 60.0) -> None:
-        self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=headers)
 
     def close(self) -> None:
         """Close the connections."""

@@ -6,7 +6,9 @@ environment variables (``VOICE_CLONE__LIMITS__MAX_INPUT_CHARS=2000``), then the 
 """
 
 import os
+import re
 from collections.abc import Iterator
+from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
@@ -22,7 +24,9 @@ from pydantic_settings import (
 
 from engines.contract import EngineError
 from engines.registry import engine_class, engine_names
+from serve_app.protocol import KeyScope
 from serve_app.voices.reference import ReferenceLimits
+from serve_app.voices.voice import PUBLIC, is_owner, is_voice_id
 
 CONFIG_VARIABLE = "VOICE_CLONE_CONFIG"
 #: Names that OpenAI clients hard-code; each means "the default engine" unless configured otherwise.
@@ -111,6 +115,14 @@ class VoiceSettings(_Section):
     aliases: dict[str, str] = Field(
         default_factory=dict, description="Extra names of voices: alias -> id or name."
     )
+    max_per_owner: int = Field(
+        default=1000, ge=1, description="Voices one owner may have; `public` is one owner too."
+    )
+    shared: tuple[str, ...] = Field(
+        default=(PUBLIC,),
+        description="Whose voices every caller may use, by owner, and single voices by id. `public` owns "
+        "those made without a key.",
+    )
     conditioning_cache_mb: int = Field(
         default=256, ge=1, description="Memory a router may use for conditioning."
     )
@@ -125,6 +137,35 @@ class VoiceSettings(_Section):
         if "://" in store or Path(store).expanduser().is_absolute():
             return store
         raise ValueError("must be an absolute path, a path starting with ~, or a URL")
+
+    @field_validator("shared")
+    @classmethod
+    def _owners_or_ids(cls, shared: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in shared:
+            if not is_owner(entry):
+                raise ValueError(f"'{entry}' is neither an owner nor the id of a voice")
+        return shared
+
+    @property
+    def shared_owners(self) -> tuple[str, ...]:
+        """Owners whose voices everybody may use."""
+        return tuple(entry for entry in self.shared if not is_voice_id(entry))
+
+    @property
+    def shared_ids(self) -> frozenset[str]:
+        """Single voices everybody may use."""
+        return frozenset(entry for entry in self.shared if is_voice_id(entry))
+
+
+def _checked_owner(name: str) -> str:
+    """``name`` if voices can be kept under it, in a directory of that name."""
+    if not is_owner(name):
+        raise ValueError("has 1 to 64 letters, digits, '_' and '-', and begins with a letter or a digit")
+    if is_voice_id(name):
+        raise ValueError(f"'{name}' looks like the id of a voice; choose another name")
+    if name.casefold() == PUBLIC:
+        raise ValueError(f"'{PUBLIC}' is the owner of what callers without a key make; choose another name")
+    return name
 
 
 class Quota(_Section):
@@ -154,10 +195,25 @@ class ApiKey(Quota):
     sha256: str = Field(
         pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the secret, in hexadecimal; never the secret."
     )
+    scopes: tuple[KeyScope, ...] = Field(
+        default=(KeyScope.SPEAK, KeyScope.VOICES),
+        min_length=1,
+        description="What it may do: `speak`, `voices` (enrol and delete its own), `admin` (everything).",
+    )
+    owner: str | None = Field(
+        default=None,
+        description="Whose voices it makes and sees, so that several keys can share them; its own name if "
+        "left out.",
+    )
     weight: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="Share under load, relative to other callers."
     )
     bulk_only: bool = Field(default=False, description="Every request of this key is bulk work.")
+
+    @field_validator("owner")
+    @classmethod
+    def _names_an_owner(cls, owner: str | None) -> str | None:
+        return owner if owner is None else _checked_owner(owner)
 
 
 class LimitSettings(_Section):
@@ -213,6 +269,31 @@ class CacheSettings(_Section):
     )
 
 
+class BrowserSettings(_Section):
+    """Which web pages may use the server. Programs other than browsers are not concerned."""
+
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins of pages that may call the server (CORS): `https://app.example`; `*` is all.",
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(),
+        description="Public names this server is reached by. Without API keys it answers to addresses and "
+        "local names only, so that no page can reach it under a name of its own.",
+    )
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            # "null" is the origin of a page opened from a file.
+            if origin not in ("*", "null") and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(
+                    f"'{origin}' is no origin: write it as 'https://app.example', without a path"
+                )
+        return origins
+
+
 class UserConfig(_Section):
     """What ``user_config`` of the router may change while the server runs: parts of the tree above it."""
 
@@ -247,7 +328,18 @@ class Settings(BaseSettings):
     voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
     cache: CacheSettings = Field(default_factory=CacheSettings, description="Cache of finished audio.")
-    keys: dict[str, ApiKey] = Field(default_factory=dict, description="API keys by the name of their holder.")
+    keys: dict[str, ApiKey] = Field(
+        default_factory=dict,
+        description="API keys by the name of their holder; `voice-clone keys new NAME` makes one.",
+    )
+    anonymous: tuple[KeyScope, ...] | None = Field(
+        default=None,
+        description="What callers without a key may do. Left out: nothing if there are keys; else `speak` "
+        "and `voices`, and `admin` for programs on this machine.",
+    )
+    browsers: BrowserSettings = Field(
+        default_factory=BrowserSettings, description="Web pages that may use the server."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default_factory=lambda: os.environ.get("LOG_LEVEL", "INFO").upper(),
         validate_default=True,
@@ -293,7 +385,13 @@ class Settings(BaseSettings):
     @classmethod
     def _secrets_differ(cls, keys: dict[str, ApiKey]) -> dict[str, ApiKey]:
         holders: dict[str, str] = {}
+        names: dict[str, str] = {}
         for name, key in keys.items():
+            _checked_owner(name)
+            # Voices are kept in a directory of this name, and some file systems ignore case.
+            owner = key.owner or name
+            if names.setdefault(owner.casefold(), owner) != owner:
+                raise ValueError(f"'{owner}' and '{names[owner.casefold()]}' differ in case only")
             if key.sha256 in holders:
                 raise ValueError(f"'{holders[key.sha256]}' and '{name}' have the same secret")
             holders[key.sha256] = name
@@ -442,6 +540,7 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
         value = {name: {} for name in value}
     if isinstance(value, tuple):
+        value = [str(item) if isinstance(item, StrEnum) else item for item in value]
         value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
     shown = yaml.safe_dump(value, default_flow_style=True, width=1000)
     # PyYAML ends a bare scalar with a document marker.

@@ -8,13 +8,17 @@
       - UnsupportedFormat · UnsupportedOption · InvalidJson
     + Unauthenticated 401           authentication_error
     + Forbidden 403                 permission_error
-      - ConsentRequired
+      - ConsentRequired · VoiceForbidden · HostNotAllowed · OriginNotAllowed
     + NotFound 404                  not_found_error
-      - ModelNotFound · VoiceNotFound · RouteNotFound
+      - ModelNotFound · VoiceNotFound · RouteNotFound · NodeNotFound · AnnouncementNotFound
     + MethodNotAllowed 405          invalid_request_error
+    + Gone 410                      invalid_request_error
+    + ScalesItself 409              conflict_error
     + VoiceExists 409               conflict_error
+    + TooManyVoices 409             conflict_error
     + BodyTooLarge 413              invalid_request_error
     + UnsupportedAudio 415          invalid_request_error
+    + JsonExpected 415              invalid_request_error
     + UnusableAudio 422             invalid_request_error
       - AudioUndecodable · AudioTooShort · AudioTooLong · NoSpeechDetected · AudioDecodeLimit
     + RateLimited 429               rate_limit_error
@@ -182,6 +186,27 @@ class ConsentRequired(Forbidden):
     title = "Consent required"
 
 
+class VoiceForbidden(Forbidden):
+    """A voice that the caller may use but not change."""
+
+    code = "voice_forbidden"
+    title = "Voice of another owner"
+
+
+class HostNotAllowed(Forbidden):
+    """A name this server is not known by: a web page may have made it point here."""
+
+    code = "host_not_allowed"
+    title = "Host not allowed"
+
+
+class OriginNotAllowed(Forbidden):
+    """The request comes from a page of another site."""
+
+    code = "origin_not_allowed"
+    title = "Origin not allowed"
+
+
 class NotFound(VoiceCloneError):
     """Something named in the request does not exist."""
 
@@ -212,6 +237,38 @@ class RouteNotFound(NotFound):
     title = "No such route"
 
 
+class NodeNotFound(NotFound):
+    """No replica of that id."""
+
+    code = "node_not_found"
+    title = "Node not found"
+
+
+class AnnouncementNotFound(NotFound):
+    """No announcement of that id."""
+
+    code = "announcement_not_found"
+    title = "Announcement not found"
+
+
+class Gone(VoiceCloneError):
+    """A route of the old system that has nothing to do any more."""
+
+    status = 410
+    type = "invalid_request_error"
+    code = "gone"
+    title = "Gone"
+
+
+class ScalesItself(VoiceCloneError):
+    """The number of replicas of this engine is not for clients to say."""
+
+    status = 409
+    type = "conflict_error"
+    code = "scales_itself"
+    title = "Engine scales itself"
+
+
 class MethodNotAllowed(VoiceCloneError):
     """The path exists, but not with this method."""
 
@@ -230,6 +287,15 @@ class VoiceExists(VoiceCloneError):
     title = "Voice exists"
 
 
+class TooManyVoices(VoiceCloneError):
+    """The owner has as many voices as are allowed."""
+
+    status = 409
+    type = "conflict_error"
+    code = "too_many_voices"
+    title = "Too many voices"
+
+
 class BodyTooLarge(VoiceCloneError):
     """The request body is larger than the limit."""
 
@@ -246,6 +312,15 @@ class UnsupportedAudio(VoiceCloneError):
     type = "invalid_request_error"
     code = "unsupported_media_type"
     title = "Unsupported media type"
+
+
+class JsonExpected(VoiceCloneError):
+    """The body is announced as something other than JSON."""
+
+    status = 415
+    type = "invalid_request_error"
+    code = "json_expected"
+    title = "JSON expected"
 
 
 class UnusableAudio(VoiceCloneError):

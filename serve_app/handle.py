@@ -21,13 +21,18 @@ from ulid import ULID
 from serve_app.errors import InternalError, Unavailable
 from serve_app.protocol import (
     AudioFrame,
+    BatchProgress,
+    Caller,
     EngineFacts,
     EnrolRequest,
     Failure,
+    ReplicaFigures,
+    RouterFigures,
     SpeechEvent,
     SpeechRequest,
     SpeechStarted,
 )
+from serve_app.voices.announcements import Announcement
 from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import BuiltInVoice, Voice
 
@@ -35,6 +40,7 @@ T = TypeVar("T")
 
 #: How often the routers are asked whether they are done.
 _DRAIN_POLL_S = 0.2
+_BROADCAST_TIMEOUT_S = 5.0
 #: Audio a reader takes between two reports, and how long it may wait for more with something unreported.
 _REPORT_EVERY_S = 10.0
 _REPORT_AFTER_S = 1.0
@@ -90,22 +96,67 @@ class RouterHandle:
         """Make a voice of a recording."""
         return await self._call("enrol", Voice, request)
 
-    async def voice(self, voice: str, owner: str = "public") -> Voice | BuiltInVoice:
+    async def voice(self, voice: str, caller: Caller) -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
-        return await self._call("voice", (Voice, BuiltInVoice), voice, owner)
+        return await self._call("voice", (Voice, BuiltInVoice), voice, caller)
 
-    async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment, and behind them those that come with an engine."""
-        return await self._call("voices", VoicePage, owner, limit, after)
+    async def voices(self, caller: Caller, limit: int = 100, after: str | None = None) -> VoicePage:
+        """The voices there are for ``caller``, in order of enrolment, and behind them those of engines."""
+        return await self._call("voices", VoicePage, caller, limit, after)
 
-    async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
-        """Remove a voice and return what it was."""
-        return await self._call("delete_voice", Voice, voice, owner)
+    async def delete_voice(self, voice: str, caller: Caller) -> str:
+        """Remove a voice and return its id."""
+        return await self._call("delete_voice", str, voice, caller)
 
     async def models(self) -> dict[str, EngineFacts | None]:
         """Served engines by name; None for one that has no running replica now."""
         models: dict[str, EngineFacts | None] = await self._call("models", dict)
         return models
+
+    async def announcements(self) -> tuple[Announcement, ...]:
+        """What operators have to say and is not over, oldest first."""
+        announcements: tuple[Announcement, ...] = await self._call("announcements", tuple)
+        return announcements
+
+    async def announce(self, announcement: Announcement) -> None:
+        """Keep an announcement; one of the same id is replaced."""
+        await self._call("announce", bool, announcement)
+
+    async def withdraw(self, announcement_id: str) -> None:
+        """Remove an announcement. Raises ``AnnouncementNotFound``."""
+        await self._call("withdraw", bool, announcement_id)
+
+    async def replica_figures(self) -> dict[str, list[ReplicaFigures]]:
+        """Figures of the replicas by engine; an engine with a replica that does not answer has none."""
+        figures: dict[str, list[ReplicaFigures]] = await self._call("replica_figures", dict)
+        return figures
+
+    async def figures(self) -> RouterFigures:
+        """Figures of all routers together."""
+        each: list[RouterFigures] = await self._broadcast("figures")
+        return RouterFigures(
+            running=sum(one.running for one in each),
+            answered=sum(one.answered for one in each),
+            answering_s=sum(one.answering_s for one in each),
+        )
+
+    async def report_batch(self, progress: BatchProgress) -> None:
+        """Tell all routers how far a request of several texts is."""
+        await self._broadcast("report_batch", progress)
+
+    async def batches(self, caller: Caller) -> list[BatchProgress]:
+        """The requests of several texts that ``caller`` has, and those that ended a moment ago."""
+        batches: list[BatchProgress] = await self._call("batches", list, caller)
+        return batches
+
+    async def _broadcast(self, method: str, *args: object) -> list[Any]:
+        try:
+            answers = self._handle.broadcast(method, *args)
+            return list(await answers.results_async(timeout_s=_BROADCAST_TIMEOUT_S))
+        except (TimeoutError, RayError, RayServeException) as error:
+            raise Unavailable(
+                "Not every router answers. Try again in a moment.", retry_after_s=1.0
+            ) from error
 
     async def ready(self) -> None:
         """Return if the default engine can speak; raise ``EngineUnavailable`` if not."""

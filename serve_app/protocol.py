@@ -30,14 +30,26 @@ class Priority(StrEnum):
     BULK = "bulk"
 
 
+class KeyScope(StrEnum):
+    """What a caller may do. ``admin`` includes the others."""
+
+    SPEAK = "speak"
+    VOICES = "voices"
+    ADMIN = "admin"
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks: what limits and fair shares are counted by."""
+    """Who asks: what limits and fair shares are counted by, and whose voices there are for it."""
 
     #: IP address of the client, of an IPv6 one its /64 network; or one of the two constants above.
     address: str = LOCAL_ADDRESS
     #: Name of the configured API key; empty for a caller without one.
     key: str = ""
+    #: Whose voices it makes, and sees beside the shared ones. ``voices.voice.PUBLIC`` without a key.
+    owner: str = "public"
+    #: Sees and may delete the voices of all owners.
+    admin: bool = False
 
     @property
     def client(self) -> str:
@@ -65,7 +77,6 @@ class SpeechRequest:
     #: None draws one; the answer says which.
     seed: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    owner: str = "public"
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
     priority: Priority = Priority.INTERACTIVE
@@ -117,7 +128,6 @@ class EnrolRequest:
     model: str | None = None
     #: Replace a voice of this name instead of refusing.
     replace: bool = False
-    owner: str = "public"
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
 
@@ -190,6 +200,53 @@ class ReplicaActivity:
     batches: int
     largest_batch: int
     chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaFigures:
+    """What an operator sees of one replica; cheap enough to be asked for every second."""
+
+    #: The id by which Serve knows it.
+    replica: str
+    #: CPU seconds of its process, and how long that runs.
+    cpu_s: float
+    uptime_s: float
+    #: Memory of its process, in percent of its machine's.
+    memory_percent: float
+    #: Rows it works on and rows it can work on, now.
+    rows_open: int
+    slots: int
+    #: Utterances since it started: spoken, failed, and the seconds from their batch's start to their end.
+    spoken: int
+    failed: int
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RouterFigures:
+    """What an operator sees of one router."""
+
+    #: Requests it answers now, those it has answered, and the seconds all those took.
+    running: int
+    answered: int
+    answering_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchProgress:
+    """How far a request of several texts is, for those who watch."""
+
+    request_id: str
+    #: ``Caller.client`` of whoever asked: nobody else sees it.
+    client: str
+    total: int
+    succeeded: int = 0
+    failed: int = 0
+
+    @property
+    def ended(self) -> bool:
+        """True if no more will come."""
+        return self.succeeded + self.failed == self.total
 
 
 @dataclass(frozen=True, slots=True)

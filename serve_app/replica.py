@@ -30,8 +30,15 @@ from engines.contract import (
 )
 from engines.registry import make_engine
 from serve_app.metrics import BATCH_ROWS, Metrics
-from serve_app.process import process_activity
-from serve_app.protocol import BatchTerms, EngineFacts, ReplicaActivity, RowAudio, UtteranceCall
+from serve_app.process import process_activity, process_usage
+from serve_app.protocol import (
+    BatchTerms,
+    EngineFacts,
+    ReplicaActivity,
+    ReplicaFigures,
+    RowAudio,
+    UtteranceCall,
+)
 from serve_app.row_batcher import RowBatcher
 from serve_app.soundness import SoundCheck
 
@@ -71,6 +78,8 @@ class EngineReplica:
         self._proven: Utterance | None = None
         self._failures = 0
         self._batches = self._largest_batch = self._chunks = 0
+        self._spoken = self._failed = 0
+        self._busy_s = 0.0
         self._threads = ThreadPoolExecutor(self._engine.concurrent_batches, thread_name_prefix="synthesize")
         self._enrolment = ThreadPoolExecutor(1, thread_name_prefix="extract_voice")
 
@@ -147,11 +156,16 @@ class EngineReplica:
         self._largest_batch = max(self._largest_batch, len(utterances))
         self._running[id(stream)] = time.monotonic()
         rows = {row: SoundCheck(self._engine.card.sample_rate_hz) for row in range(len(utterances))}
+        began_s = time.monotonic()
         try:
             async for chunks in stream:
                 self._running[id(stream)] = time.monotonic()
                 self._chunks += len(chunks)
                 if answer := [audio for chunk in chunks for audio in self._checked(chunk, utterances, rows)]:
+                    for audio in answer:
+                        if audio.last and audio.error is None:
+                            self._spoken += 1
+                            self._busy_s += time.monotonic() - began_s
                     yield answer
         except EngineError as error:
             yield [self._failure(row, error) for row in rows]
@@ -193,6 +207,7 @@ class EngineReplica:
         yield RowAudio(chunk.row, samples, chunk.last)
 
     def _failure(self, row: int, error: EngineError) -> RowAudio:
+        self._failed += 1
         if isinstance(error, SynthesisFailed):
             self._failures += 1
         closing = Chunk.failure(row, error)
@@ -229,6 +244,21 @@ class EngineReplica:
             batches=self._batches,
             largest_batch=self._largest_batch,
             chunks=self._chunks,
+        )
+
+    async def figures(self) -> ReplicaFigures:
+        """What an operator sees of this replica."""
+        cpu_s, uptime_s, memory_percent = process_usage()
+        return ReplicaFigures(
+            replica=await self.identify(),
+            cpu_s=cpu_s,
+            uptime_s=uptime_s,
+            memory_percent=memory_percent,
+            rows_open=self._batcher.rows,
+            slots=self._engine.config.slots,
+            spoken=self._spoken,
+            failed=self._failed,
+            busy_s=self._busy_s,
         )
 
     async def abandon(self, call_ids: list[str]) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+from ipaddress import ip_address
 from pathlib import Path
 
 import ray
@@ -36,6 +37,20 @@ def check_port(host: str, port: int) -> None:
                 f"Port {port} on {host} cannot be used ({error.strerror}). "
                 f"Stop what listens there, or choose another with --port."
             ) from error
+
+
+def exposure(settings: Settings, host: str) -> str | None:
+    """What to tell whoever starts a server that others can reach and that asks nobody who they are."""
+    try:
+        reachable = not ip_address(host).is_loopback
+    except ValueError:
+        reachable = host != "localhost"
+    if not reachable or settings.keys:
+        return None
+    return (
+        f"Everybody who can reach {host} can speak, enrol and delete voices: there are no API keys. "
+        "Make one with 'voice-clone keys new NAME'."
+    )
 
 
 def check_ray(address: str) -> None:
@@ -78,7 +93,7 @@ def ensure_graph(settings: Settings | None = None) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     if APP_NAME not in serve.status().applications:
         serve.start(proxy_location=ProxyLocation.Disabled)
-        serve.run(build_app(settings or load_settings()), name=APP_NAME)
+        serve.run(build_app(settings or load_settings()), name=APP_NAME, external_scaler_enabled=True)
 
 
 def run_server(settings: Settings, *, host: str, port: int, address: str, console: Console) -> None:
@@ -96,6 +111,8 @@ def run_server(settings: Settings, *, host: str, port: int, address: str, consol
         # `serve.run` installs handlers of its own; ours must be the last word.
         _stop_on_signals(stop)
         console.print(f"Voice Clone TTS listens on http://{host}:{port} ({', '.join(settings.engines)}).")
+        if warning := exposure(settings, host):
+            console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
         console.print("Stop with Ctrl-C.")
         stop.wait()
         with console.status("Finishing running speeches…"):
@@ -163,7 +180,8 @@ def _start_graph(settings: Settings, host: str, port: int) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host=host, port=port))
-        serve.run(build_app(settings), name=APP_NAME)
+        # So that operators can have an engine stand by.
+        serve.run(build_app(settings), name=APP_NAME, external_scaler_enabled=True)
     except (RuntimeError, TimeoutError, RayError) as error:
         # Ray's message carries the traceback of the process that failed; its last line is the reason.
         reason = str(error).strip().splitlines()[-1]

@@ -1,5 +1,9 @@
 """Who asks: the API key a request carries, and the address it comes from.
 
+A key comes as ``Authorization: Bearer KEY``, ``xi-api-key: KEY`` or ``x-api-key: KEY``. A web page cannot set
+headers of a WebSocket; there it may come as a sub-protocol, ``openai-insecure-api-key.KEY``, as OpenAI's own
+client sends it. Never in the query: addresses end up in logs and histories.
+
 The address is the peer of the connection. Only where that peer is a configured proxy is ``X-Forwarded-For``
 believed, and of it only what such proxies wrote: it is read from the right, past trusted hops.
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from starlette.datastructures import Headers
@@ -32,6 +36,10 @@ _Network = IPv4Network | IPv6Network
 _LOOPBACK = IPv4Address("127.0.0.1")
 #: What uvicorn believes unless told otherwise.
 _UVICORN_TRUSTS = (_LOOPBACK, IPv6Address("::1"))
+#: Sub-protocol of a WebSocket that carries a key.
+KEY_PROTOCOL = "openai-insecure-api-key."
+#: What proxies say about whom they speak for; none of it comes from a client that connects itself.
+_FORWARDING = ("x-forwarded-for", "x-real-ip", "forwarded", "via")
 #: One host or household has at least this much of IPv6, and would have as many budgets as addresses in it.
 _IPV6_PREFIX_BITS = 64
 
@@ -54,25 +62,42 @@ class Callers:
 
     def caller(self, scope: Scope) -> Caller:
         """Who sent the request of this ASGI scope."""
+        known: Caller | None = scope.get("state", {}).get("caller")
+        if known is not None:
+            return known
         headers = Headers(scope=scope)
-        return Caller(self._address(scope, headers), self._key(headers))
+        address = self._address(scope, headers)
+        name = self._key(scope, headers)
+        if not name:
+            return Caller(address)
+        return Caller(address, name, owner=self._keys[name].owner or name)
 
     def priority(self, caller: Caller, wanted: Priority) -> Priority:
         """What ``caller`` gets who wants ``wanted``."""
         key = self._keys.get(caller.key)
         return Priority.BULK if key is not None and key.bulk_only else wanted
 
-    def _key(self, headers: Headers) -> str:
+    @staticmethod
+    def remember(scope: Scope, caller: Caller) -> None:
+        """Have ``caller`` be who sent the request, for all who ask from now on."""
+        scope.setdefault("state", {})["caller"] = caller
+
+    def is_on_this_machine(self, scope: Scope) -> bool:
+        """True if the request certainly comes from a program on this machine, and through no proxy."""
+        headers = Headers(scope=scope)
+        if self._behind_haproxy or any(name in headers for name in _FORWARDING):
+            return False
+        return scope.get("client") is not None and _peer(scope, [""]).is_loopback
+
+    def _key(self, scope: Scope, headers: Headers) -> str:
         """Name of the key sent; empty without one, or with one not ours, as many clients send."""
-        scheme, _, secret = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return ""
-        sent = hashlib.sha256(secret.strip().encode("latin-1")).hexdigest()
         holder = ""
-        # Every key is compared, whichever fits: the time taken says nothing.
-        for name, key in self._keys.items():
-            if hmac.compare_digest(sent, key.sha256):
-                holder = name
+        for secret in _sent_keys(scope, headers):
+            sent = hashlib.sha256(secret.encode("latin-1", "replace")).hexdigest()
+            # Every key is compared, whichever fits: the time taken says nothing.
+            for name, key in self._keys.items():
+                if hmac.compare_digest(sent, key.sha256):
+                    holder = holder or name
         return holder
 
     def _address(self, scope: Scope, headers: Headers) -> str:
@@ -94,6 +119,19 @@ class Callers:
 
     def _trusts(self, address: _Address) -> bool:
         return any(address in network for network in self._trusted)
+
+
+def _sent_keys(scope: Scope, headers: Headers) -> Iterator[str]:
+    """Everything in the request that may be a key."""
+    scheme, _, secret = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        yield secret.strip()
+    for header in ("xi-api-key", "x-api-key"):
+        if header in headers:
+            yield headers[header].strip()
+    for protocol in scope.get("subprotocols", ()):
+        if protocol.startswith(KEY_PROTOCOL):
+            yield protocol.removeprefix(KEY_PROTOCOL)
 
 
 def _peer(scope: Scope, forwarded: Sequence[str]) -> _Address:

@@ -20,6 +20,7 @@ from serve_app.errors import (
     InvalidJson,
     InvalidRequest,
     InvalidValue,
+    JsonExpected,
     MethodNotAllowed,
     MissingField,
     ReachedLimit,
@@ -34,6 +35,7 @@ logger = logging.getLogger("ray.serve")
 _V3_CODES = {
     "voice_not_found": "VOICE_NOT_FOUND",
     "model_not_found": "NODE_NOT_FOUND",
+    "node_not_found": "NODE_NOT_FOUND",
     "engine_unavailable": "MODEL_NOT_LOADED",
 }
 _V3_CODES_BY_STATUS = {
@@ -42,6 +44,19 @@ _V3_CODES_BY_STATUS = {
     429: "RATE_LIMIT_EXCEEDED",
     503: "NO_AVAILABLE_NODE",
 }
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the place where the application is mounted."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def v3_code(error: VoiceCloneError) -> str:
+    """The code of the v3 gateway for ``error``."""
+    default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
+    return _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
 
 
 def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
@@ -54,10 +69,13 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
         headers |= _limit_headers(error.limit, error.retry_after_s)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if scope["path"].startswith("/api/"):
-        default = "ENGINE_ERROR" if error.status >= 500 else "INVALID_REQUEST"
-        code = _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
-        body = {"success": False, "message": error.message, "error": error.message, "code": code}
+    if route_path(scope).startswith("/api/"):
+        body = {
+            "success": False,
+            "message": error.message,
+            "error": error.message,
+            "code": v3_code(error),
+        }
         return JSONResponse(body, error.status, headers)
     return JSONResponse(
         {
@@ -112,7 +130,12 @@ def install_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(request.scope, from_validation(error))
+        problem = from_validation(error)
+        sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        is_json = sent == "application/json" or sent.endswith("+json")
+        if isinstance(problem, InvalidJson) and sent and not is_json:
+            problem = JsonExpected("The body has to be JSON. Send it with 'Content-Type: application/json'.")
+        return error_response(request.scope, problem)
 
     @api.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> JSONResponse:

@@ -74,11 +74,12 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
 
     @api.get("")
     async def list_voices(
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[str | None, Query(max_length=200)] = None,
     ) -> dict[str, Any]:
-        """Voices in order of enrolment, and behind them those that come with an engine."""
-        page = await router.voices(limit=limit, after=after)
+        """The caller's own voices and the shared ones in order of enrolment, then those of engines."""
+        page = await router.voices(callers.caller(request.scope), limit, after)
         found: list[Voice | BuiltInVoice] = [*page.voices, *page.built_in]
         voices = [voice_object(voice) for voice in found]
         return {
@@ -92,14 +93,14 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         }
 
     @api.get("/{voice}")
-    async def get_voice(voice: str) -> dict[str, Any]:
+    async def get_voice(voice: str, request: Request) -> dict[str, Any]:
         """One voice by id, name or alias."""
-        return voice_object(await router.voice(voice))
+        return voice_object(await router.voice(voice, callers.caller(request.scope)))
 
     @api.delete("/{voice}")
-    async def delete_voice(voice: str) -> dict[str, Any]:
+    async def delete_voice(voice: str, request: Request) -> dict[str, Any]:
         """Remove a voice and everything computed from it."""
-        gone = await router.delete_voice(voice)
-        return {"id": gone.id, "object": "audio.voice.deleted", "deleted": True}
+        gone = await router.delete_voice(voice, callers.caller(request.scope))
+        return {"id": gone, "object": "audio.voice.deleted", "deleted": True}
 
     return api

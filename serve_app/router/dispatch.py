@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import EngineUnavailable
-from serve_app.protocol import BatchTerms, EngineFacts, RowAudio, UtteranceCall
+from serve_app.protocol import BatchTerms, EngineFacts, ReplicaFigures, RowAudio, UtteranceCall
 from serve_app.router.detached import start_detached
 
 logger = logging.getLogger("ray.serve")
@@ -107,6 +107,13 @@ class EngineDispatch:
         except (TimeoutError, *REPLICA_LOST):
             return None
         return frozenset(answers)
+
+    async def figures(self) -> list[ReplicaFigures]:
+        """What operators see of the replicas; nothing if not all of them answer at once."""
+        try:
+            return list(await self._handle.broadcast("figures").results_async(timeout_s=_ROLL_CALL_TIMEOUT_S))
+        except (TimeoutError, *REPLICA_LOST):
+            return []
 
     async def abandon(self, call_ids: list[str]) -> None:
         """Tell every replica that nobody waits for these rows."""

@@ -31,24 +31,28 @@ from serve_app.errors import (
     UnsupportedLanguage,
     UnsupportedOption,
     VoiceCloneError,
-    VoiceExists,
     VoiceNotFound,
 )
 from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, REQUESTS, Metrics
 from serve_app.process import process_activity
 from serve_app.protocol import (
     AudioFrame,
+    BatchProgress,
+    Caller,
     EngineFacts,
     EnrolRequest,
     Failure,
     Priority,
+    ReplicaFigures,
     RouterActivity,
+    RouterFigures,
     SpeechEvent,
     SpeechRequest,
     SpeechStarted,
     UtteranceCall,
 )
 from serve_app.router import text as texts
+from serve_app.router.batch_board import BatchBoard
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.built_in_voices import built_in_voices, find_built_in_voice
 from serve_app.router.conditioning import ConditioningSource, VoiceConditioning, extract
@@ -58,8 +62,10 @@ from serve_app.router.limits.admission import Admission
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
+from serve_app.voices.announcements import Announcement, Announcements
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
+from serve_app.voices.visible import VisibleVoices
 from serve_app.voices.voice import BuiltInVoice, Consent, NewVoice, Voice
 
 logger = logging.getLogger("ray.serve")
@@ -116,7 +122,9 @@ class Router:
         self._queues: dict[str, EngineQueue] = {}
         self._facts: dict[str, EngineFacts] = {}
         self._playing: dict[str, Playback] = {}
-        self._running = 0
+        self._running = self._answered = 0
+        self._answering_s = 0.0
+        self._batches = BatchBoard()
         self._draining = False
         self._spoken = SpokenUtterances(settings.cache.max_mb << 20, self._metrics)
         self._seeds = SeedsInUse(lambda: secrets.randbelow(_SEED_LIMIT))
@@ -124,6 +132,14 @@ class Router:
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
         self._sweeping = asyncio.create_task(self._sweep())
+        self._voices = VisibleVoices(
+            self._store,
+            aliases=settings.voices.aliases,
+            shared_owners=settings.voices.shared_owners,
+            shared_ids=settings.voices.shared_ids,
+            max_per_owner=settings.voices.max_per_owner,
+        )
+        self._announcements = Announcements(self._store)
         self._reader = ReferenceReader(settings.voices.reference)
         self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
@@ -177,10 +193,13 @@ class Router:
         if self._draining:
             raise ShuttingDown("The server is shutting down. Send the request again.", retry_after_s=2.0)
         self._running += 1
+        began_s = time.monotonic()
         try:
             yield
         finally:
             self._running -= 1
+            self._answered += 1
+            self._answering_s += time.monotonic() - began_s
 
     async def _speak(self, request: SpeechRequest, asked_s: float) -> AsyncGenerator[list[SpeechEvent], None]:
         first = self._engine_name(request.model)
@@ -221,7 +240,7 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice = await self._voice(request.voice, request.owner, name)
+        voice = await self._voice(request.voice, request.caller, name)
         language = _language(request.language, text, facts)
         prepared = await self._prepared(voice, name, facts)
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
@@ -354,8 +373,7 @@ class Router:
             )
         name = self._engine_name(request.model)
         new = _new_voice(request)
-        if not request.replace:
-            await self._refuse_taken_name(new)
+        await self._voices.check_new(new.name, new.owner, replace=request.replace)
         checked = await self._reader.read(request.audio)
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
         conditioning = await extract(self._engines[name], reference)
@@ -365,34 +383,22 @@ class Router:
         self._conditioning.refine_later(voice, reference, conditioning, self._engines[name])
         return voice
 
-    async def _refuse_taken_name(self, new: NewVoice) -> None:
-        """Say so before any work is done; ``create`` decides for good."""
-        try:
-            taken = await self._store.get(new.name, new.owner)
-        except VoiceNotFound:
-            return
-        raise VoiceExists(
-            f"A voice of this name is enrolled already as {taken.id}. "
-            "Choose another name or delete that one first.",
-            param="name",
-        )
-
     @answers
-    async def voice(self, voice: str, owner: str = "public") -> Voice | BuiltInVoice:
+    async def voice(self, voice: str, caller: Caller) -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
         await self._meet_engines()
-        return await self._voice(voice, owner)
+        return await self._voice(voice, caller)
 
     @answers
-    async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment, and behind them those that come with an engine."""
+    async def voices(self, caller: Caller, limit: int, after: str | None) -> VoicePage:
+        """The voices there are for ``caller``, in order of enrolment, and behind them those of engines."""
         await self._meet_engines()
         built_in = built_in_voices(self._facts)
         ids = [voice.id for voice in built_in]
         if after in ids:
             page, built_in = VoicePage((), has_more=False), built_in[ids.index(after) + 1 :]
         else:
-            page = await self._store.list(owner, limit=limit, after=after)
+            page = await self._voices.list(caller, limit=limit, after=after)
         if page.has_more:
             return page
         room = limit - len(page.voices)
@@ -406,16 +412,53 @@ class Router:
         )
 
     @answers
-    async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
-        """Remove a voice; speeches that run finish with it."""
-        found = await self._voice(voice, owner)
-        if isinstance(found, BuiltInVoice):
+    async def delete_voice(self, voice: str, caller: Caller) -> str:
+        """Remove a voice and give its id; speeches that run finish with it."""
+        if (built_in := find_built_in_voice(voice, self._facts)) and voice == built_in.id:
             raise VoiceNotFound(
-                f"'{found.name}' comes with engine '{found.engine}' and cannot be deleted.", param="voice"
+                f"'{built_in.name}' comes with engine '{built_in.engine}' and cannot be deleted.",
+                param="voice",
             )
-        await self._store.delete(found.id, owner)
-        self._conditioning.forget(found)
-        return found
+        voice_id, gone = await self._voices.delete(voice, caller)
+        if gone is not None:
+            self._conditioning.forget(gone)
+        return voice_id
+
+    @answers
+    async def announcements(self) -> tuple[Announcement, ...]:
+        """What operators have to say and is not over, oldest first."""
+        return await self._announcements.current()
+
+    @answers
+    async def announce(self, announcement: Announcement) -> bool:
+        """Keep an announcement."""
+        await self._announcements.put(announcement)
+        return True
+
+    @answers
+    async def withdraw(self, announcement_id: str) -> bool:
+        """Remove an announcement."""
+        await self._announcements.remove(announcement_id)
+        return True
+
+    @answers
+    async def replica_figures(self) -> dict[str, list[ReplicaFigures]]:
+        """Figures of the replicas by engine."""
+        figures = await asyncio.gather(*(engine.figures() for engine in self._engines.values()))
+        return dict(zip(self._engines, figures, strict=True))
+
+    async def figures(self) -> RouterFigures:
+        """What an operator sees of this router."""
+        return RouterFigures(self._running, self._answered, self._answering_s)
+
+    async def report_batch(self, progress: BatchProgress) -> None:
+        """A request of several texts has come this far. Told to every router, as anybody may ask any."""
+        self._batches.report(progress)
+
+    @answers
+    async def batches(self, caller: Caller) -> list[BatchProgress]:
+        """How far the requests of several texts of ``caller`` are."""
+        return self._batches.of(caller.client)
 
     @answers
     async def models(self) -> dict[str, EngineFacts | None]:
@@ -478,11 +521,11 @@ class Router:
             chunk_timeout_s=batching.chunk_timeout_s,
         )
 
-    async def _voice(self, voice: str, owner: str, engine: str | None = None) -> Voice | BuiltInVoice:
+    async def _voice(self, voice: str, caller: Caller, engine: str | None = None) -> Voice | BuiltInVoice:
         """An enrolled voice, or else one that comes with an engine: with ``engine``, if one is named."""
         asked = self._settings.voices.aliases.get(voice, voice)
         try:
-            return await self._store.get(asked, owner)
+            return await self._voices.get(voice, caller)
         except VoiceNotFound:
             found = find_built_in_voice(asked, {engine: self._facts[engine]} if engine else self._facts)
             if found is not None:
@@ -521,7 +564,7 @@ def _new_voice(request: EnrolRequest) -> NewVoice:
     try:
         return NewVoice(
             name=request.name,
-            owner=request.owner,
+            owner=request.caller.owner,
             language=request.language,
             transcript=request.transcript,
             consent=Consent(statement=statement, recorded_at=int(time.time())) if statement else None,

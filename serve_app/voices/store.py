@@ -7,6 +7,7 @@ Layout::
     voices/<voice id>/record                               where the record of that id is
     voices/<voice id>/<revision>/reference.flac
     voices/<voice id>/<revision>/conditioning/<engine>-<weights fingerprint>.safetensors
+    announcements/<id>.json                                see ``announcements.py``
 
 A voice exists if, and only if, its record does. Everything else is written before it and removed after it, so
 that a process killed at any moment leaves a voice whole or absent, and some blobs that ``sweep`` removes. The
@@ -26,7 +27,7 @@ import logging
 import re
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -172,10 +173,15 @@ class VoiceStore:
             raise StoreNotUsable(_operator_sentence(place, error)) from error
         self._checked = True
 
+    @property
+    def objects(self) -> ObjectStore:
+        """The object store below, for what is kept beside the voices. Use it within ``access``."""
+        return self._store
+
     async def create(self, new: NewVoice, reference: CheckedReference) -> Voice:
         """Enrol a voice. Raises ``VoiceExists`` if its owner has one of that name."""
         key = _record_key(new.owner, new.name)
-        async with self._access("enrol"):
+        async with self.access("enrol"):
             await self._ensure_reachable()
             if await self._meta(key) is not None:
                 raise _exists()
@@ -199,7 +205,7 @@ class VoiceStore:
         ``sweep`` for those who still read them.
         """
         key = _record_key(new.owner, new.name)
-        async with self._access("replace"):
+        async with self.access("replace"):
             await self._ensure_reachable()
             damaged = False
             old = None
@@ -228,39 +234,69 @@ class VoiceStore:
 
     async def get(self, id_or_name: str, owner: str = PUBLIC) -> Voice:
         """The voice of that id or name. Raises ``VoiceNotFound``, for voices of other owners too."""
-        async with self._access("read"):
+        async with self.access("read"):
             key = await self._locate(id_or_name, owner)
             voice = None if key is None else await self._read_record(key)
             if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
             return voice
 
-    async def list(self, owner: str = PUBLIC, *, limit: int = 100, after: str | None = None) -> VoicePage:
-        """Up to ``limit`` voices of ``owner``, oldest first, beginning after the id ``after``.
-
-        A record that cannot be read is logged and left out.
-        """
-        if not is_owner(owner):
-            return VoicePage((), has_more=False)
-        async with self._access("list"):
-            metas = await self._list(f"records/{owner}")
-            if not metas:
+    async def owner_of(self, voice_id: str) -> str:
+        """Whose voice that is. Raises ``VoiceNotFound``."""
+        async with self.access("read"):
+            blob = await self._get(_pointer(voice_id)) if is_voice_id(voice_id) else None
+            key = "" if blob is None else blob.decode("ascii", "replace")
+            if not _RECORD_KEY.fullmatch(key):
                 await self._ensure_reachable()
-            voices = sorted(await self._read_records(metas, scope=f"records/{owner}/"), key=_id_of)
-        rest = [voice for voice in voices if after is None or voice.id > after]
+                raise voice_not_found()
+        return key.split("/")[1]
+
+    async def list(
+        self,
+        owners: str | Collection[str] | None = PUBLIC,
+        *,
+        ids: Collection[str] = (),
+        limit: int = 100,
+        after: str | None = None,
+    ) -> VoicePage:
+        """Up to ``limit`` voices of ``owners`` (None: of all), oldest first, from after the id ``after``.
+
+        Voices of ``ids`` are among them whoever owns them. A record that cannot be read is logged and left
+        out.
+        """
+        if isinstance(owners, str):
+            owners = (owners,)
+        prefixes = ["records"] if owners is None else [f"records/{one}" for one in owners if is_owner(one)]
+        found: dict[str, Voice] = {}
+        async with self.access("list"):
+            for prefix in prefixes:
+                metas = await self._list(prefix)
+                for voice in await self._read_records(metas, scope=f"{prefix}/"):
+                    found[voice.id] = voice
+            if prefixes and not found:
+                await self._ensure_reachable()
+        for voice_id in set(ids) - found.keys():
+            with suppress(VoiceNotFound, VoiceDamaged):
+                found[voice_id] = await self.get(voice_id, await self.owner_of(voice_id))
+        rest = [found[voice_id] for voice_id in sorted(found) if after is None or voice_id > after]
         return VoicePage(tuple(rest[:limit]), has_more=len(rest) > limit)
+
+    async def count(self, owner: str) -> int:
+        """How many voices ``owner`` has, damaged ones included."""
+        async with self.access("list"):
+            return len(await self._list(f"records/{owner}")) if is_owner(owner) else 0
 
     async def delete(self, id_or_name: str, owner: str = PUBLIC) -> Voice | None:
         """Remove a voice: its record at once, then its recording and all conditioning.
 
         Gives what was removed, None if its record was damaged. Raises ``VoiceNotFound``.
         """
-        async with self._access("delete"):
+        async with self.access("delete"):
             key = await self._locate(id_or_name, owner)
             if key is None:
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
             voice: Voice | None
             try:
                 voice = await self._read_record(key)
@@ -269,11 +305,11 @@ class VoiceStore:
             else:
                 if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
                     await self._ensure_reachable()
-                    raise _not_found()
+                    raise voice_not_found()
             try:
                 await obstore.delete_async(self._store, key)
             except FileNotFoundError:
-                raise _not_found() from None
+                raise voice_not_found() from None
             self._cache.pop(key, None)
         if voice is not None:
             # Only of the revision that was read: a replacement may be writing another. The pointer is left
@@ -287,11 +323,11 @@ class VoiceStore:
         Raises ``VoiceNotFound`` if the voice was deleted meanwhile, ``StoreUnavailable`` if the recording is
         damaged.
         """
-        async with self._access("read"):
+        async with self.access("read"):
             blob = await self._get(f"{_blobs(voice)}/reference.flac")
             if blob is None:
                 await self._ensure_reachable()
-                raise _not_found()
+                raise voice_not_found()
         try:
             return await asyncio.to_thread(_decode_reference, voice, blob)
         except AudioUndecodable as error:
@@ -300,7 +336,7 @@ class VoiceStore:
 
     async def conditioning(self, voice: Voice, engine: str, weights_fingerprint: str) -> Conditioning | None:
         """What ``put_conditioning`` stored for this recording, engine and weights; None if nothing fits."""
-        async with self._access("read"):
+        async with self.access("read"):
             blob = await self._get(_conditioning_key(voice, engine, weights_fingerprint))
         if blob is None:
             return None
@@ -316,7 +352,7 @@ class VoiceStore:
         """Keep ``conditioning`` with the recording it was computed from."""
         blob = await asyncio.to_thread(conditioning.to_bytes)
         key = _conditioning_key(voice, conditioning.engine, conditioning.weights_fingerprint)
-        async with self._access("write"):
+        async with self.access("write"):
             await self._put(key, blob, mode="overwrite")
 
     async def sweep(self, *, grace_s: float = 3600.0) -> SweepReport:
@@ -327,7 +363,7 @@ class VoiceStore:
         """
         report = SweepReport()
         before = time.time() - grace_s
-        async with self._access("sweep"):
+        async with self.access("sweep"):
             # Blobs first: a voice enrolled between the two listings is then seen as a record.
             blobs = [*await self._list("voices"), *await self._list("probes")]
             metas = await self._list("records")
@@ -361,7 +397,7 @@ class VoiceStore:
     # --- below: the object store, one step at a time ---
 
     @asynccontextmanager
-    async def _access(self, what: str) -> AsyncIterator[None]:
+    async def access(self, what: str) -> AsyncIterator[None]:
         """Turn what the object store raises into our errors; details go to the log, not to the client."""
         try:
             yield
@@ -601,7 +637,8 @@ def _exists() -> VoiceExists:
     )
 
 
-def _not_found() -> VoiceNotFound:
+def voice_not_found() -> VoiceNotFound:
+    """The one answer about every voice that is not there for whoever asks."""
     return VoiceNotFound(f"There is no such voice. {_NEXT_STEP}", param="voice")
 
 

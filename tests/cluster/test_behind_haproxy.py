@@ -14,6 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from benchmarks.ports import free_port
 from tests.cluster.conftest import BIN, Program, haproxy_environment, look_inside, raw_speech_request
@@ -39,6 +41,8 @@ def served(
         },
         "router": {"min_replicas": 2, "max_replicas": 2},
         "limits": {"per_ip": {"requests_per_minute": 3}, "max_input_chars": len(BOOK)},
+        "anonymous": ["speak"],
+        "voices": {"shared": ["owner"]},
         "keys": {
             name: {"sha256": hashlib.sha256(name.encode()).hexdigest(), **quota}
             for name, quota in {"owner": {}, "narrow": {"concurrent": 1}}.items()
@@ -106,6 +110,19 @@ def test_slots_come_back_when_clients_leave(url: str) -> None:
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
         assert [speak(url, **narrow) for _ in range(6)] == [200] * 6
+
+
+def test_a_socket_is_told_the_status_and_a_page_of_others_is_refused(url: str) -> None:
+    place = url.replace("http", "ws") + "/ws"
+    with connect(place, additional_headers={"authorization": "Bearer owner"}, open_timeout=30) as watcher:
+        heard = json.loads(watcher.recv(timeout=30))
+        assert (heard["type"], heard["data"]["engines"]["tone"]["ready"]) == ("system_status", 1)
+        watcher.send('{"type": "ping"}')
+        while json.loads(watcher.recv(timeout=30))["type"] != "pong":
+            pass
+    with pytest.raises(InvalidStatus) as refused, connect(place, origin="https://evil.example"):  # type: ignore[arg-type]
+        pass
+    assert refused.value.response.status_code == 403
 
 
 def test_slow_reader_holds_its_own_engine_back(served: tuple[str, dict[str, str]]) -> None:

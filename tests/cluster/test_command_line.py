@@ -84,6 +84,16 @@ def test_serve_enrol_speak_stop(
     assert "Traceback" not in missing.stdout
     assert run(VOICE_CLONE, "voices", "delete", "me", environment=client).returncode == 0
 
+    # There are no keys: a program on this machine may administer, what comes through a proxy may not.
+    nodes = httpx.get(f"{url}/api/nodes").json()["nodes"]
+    assert [node["engine_type"] for node in nodes] == ["mosaic"]
+    for header in ("x-forwarded-for", "forwarded", "via"):
+        assert httpx.get(f"{url}/api/nodes", headers={header: "for=127.0.0.1"}).status_code == 401
+    assert httpx.get(f"{url}/api/nodes", headers={"host": "evil.example"}).status_code == 403
+    page = {"origin": "https://evil.example"}
+    assert httpx.post(f"{url}/v1/audio/speech", headers=page, json={}).status_code == 403
+    assert "Everybody who can reach" not in program.output
+
     second = run(VOICE_CLONE, "serve", "--port", str(free_port()), environment=environment)
     assert second.returncode == 1
     assert "Ray is already running" in second.stdout

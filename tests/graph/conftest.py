@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import time
@@ -35,7 +36,19 @@ SHAKY: dict[str, Any] = {
     "replicas": {"num_cpus": 0.1, "min_replicas": 2, "max_replicas": 2},
 }
 
+#: Keys of the graph under test by holder; its callers without one may do everything too.
+SECRETS = {"studio": "vc_studio_secret", "rival": "vc_rival_secret", "reader": "vc_reader", "boss": "vc_boss"}
+_SCOPES = {"reader": ["speak"], "boss": ["admin"]}
+
 SETTINGS: dict[str, Any] = {
+    "keys": {
+        name: {
+            "sha256": hashlib.sha256(secret.encode()).hexdigest(),
+            "scopes": _SCOPES.get(name, ["speak", "voices"]),
+        }
+        for name, secret in SECRETS.items()
+    },
+    "anonymous": ["admin"],
     "engines": {
         "tone": {"config": {"slots": 4, "step_s": 0.005}, "replicas": {"num_cpus": 0.1}},
         # Slow enough that a client can leave in the middle and that requests meet in a batch.
@@ -56,6 +69,8 @@ SETTINGS: dict[str, Any] = {
             "replicas": {"num_cpus": 0.1},
             "fallback": ["tone"],
         },
+        # For the test that has it stand by.
+        "resting": {"engine": "tone", "replicas": {"num_cpus": 0.1}},
         "mosaic": {"replicas": {"num_cpus": 0.1}},
     },
     "model_aliases": {"quick": "tone"},
@@ -100,7 +115,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port)
         )
-        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME)
+        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME, external_scaler_enabled=True)
         url = f"http://127.0.0.1:{port}"
         openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx.Client(base_url=url, timeout=60) as http:

@@ -18,6 +18,7 @@ from ray import serve
 from serve_app.app import build_app
 from serve_app.config import Settings
 from tests.graph.conftest import Server, eventually
+from tests.speech import noisy_tone, wav_bytes
 
 APP = "limited"
 #: Each test has a key of its own, and so windows of its own.
@@ -47,11 +48,12 @@ def limited(server: Server) -> Iterator[str]:
             "slow": {"engine": "tone", "config": {"slots": 32, "step_s": 0.1}, "replicas": {"num_cpus": 0.1}},
         },
         "router": {"min_replicas": 2, "max_replicas": 2},
-        "voices": {"store": str(server.store)},
+        "voices": {"store": str(server.store), "consent": "required"},
         "limits": {
             "total": {"requests_per_minute": None, "concurrent": TOTAL_CONCURRENT},
             "per_ip": {"requests_per_minute": 5},
         },
+        "anonymous": ["speak", "voices"],
         "keys": {
             name: {"sha256": hashlib.sha256(name.encode()).hexdigest(), **quota}
             for name, quota in KEYS.items()
@@ -182,10 +184,35 @@ def test_an_address_has_one_limit_whatever_it_says_it_is(limited: str) -> None:
 def test_enrolment_is_a_request(limited: str) -> None:
     with client(limited, "enrolling") as http:
         for status in (422, 422, 429):
+            form = {"name": "x", "consent": "I agree."}
             answer = http.post(
-                "/v1/audio/voices", data={"name": "x"}, files={"audio_sample": ("x.wav", b"RIFF\0\0\0\0WAVE")}
+                "/v1/audio/voices", data=form, files={"audio_sample": ("x.wav", b"RIFF\0\0\0\0WAVE")}
             )
             assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize("consent", [{}, {"consent": ""}, {"consent": " \n\t"}])
+def test_b24_where_consent_is_required_nobody_enrols_without(limited: str, consent: dict[str, str]) -> None:
+    sample = {"audio_sample": ("x.wav", wav_bytes(noisy_tone(150.0)))}
+    with client(limited, "other") as http:
+        answer = http.post("/v1/audio/voices", data={"name": "unasked", **consent}, files=sample)
+        assert (answer.status_code, code(answer)) == (403, "consent_required")
+        old = http.post(
+            "/api/extract_voice", data={"voice_id": "unasked"}, files={"audio": sample["audio_sample"]}
+        )
+        assert (old.status_code, old.json()["code"]) == (403, "AUTH_ERROR")
+        assert http.get("/v1/audio/voices/unasked").status_code == 404
+
+
+def test_what_the_operator_needs_is_closed_without_an_admin_key(limited: str) -> None:
+    with client(limited, None) as http:
+        # Through Serve's proxy, and from this machine: there are keys, so it does not matter.
+        refused = http.post("/v1/models")
+        assert (refused.status_code, code(refused)) == (401, "invalid_api_key")
+        assert refused.headers["www-authenticate"] == "Bearer"
+    with client(limited, "other") as http:
+        refused = http.post("/v1/models")
+        assert (refused.status_code, code(refused)) == (403, "forbidden")
 
 
 def named(part: str) -> list[Any]:

@@ -75,8 +75,8 @@ def test_every_error_code_is_documented() -> None:
     from serve_app.errors import VoiceCloneError, all_kinds
 
     text = (ROOT / "docs" / "api.md").read_text()
-    # Only what is derived from these two is ever raised, and nothing asks for a key yet.
-    codes = {kind.code for kind in all_kinds(VoiceCloneError)} - {"forbidden", "not_found", "invalid_api_key"}
+    # Only what is derived from this one is ever raised.
+    codes = {kind.code for kind in all_kinds(VoiceCloneError)} - {"not_found"}
     assert not {code for code in codes if f"`{code}`" not in text}
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from serve_app.app import build_app
+from serve_app.cli import serve
 from serve_app.config import ConfigError, Settings, load_settings, reference
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +61,10 @@ def test_arguments_win_over_environment_over_file_over_defaults(
         ("keys: {studio: {sha256: x}}", "keys.studio.sha256"),
         (f"keys: {{a: {{sha256: {'ab' * 32}}}, b: {{sha256: {'ab' * 32}}}}}", "'a' and 'b'"),
         (f"keys: {{a: {{sha256: {'ab' * 32}, weight: 0}}}}", "keys.a.weight"),
+        ("anonymous: [everything]", "anonymous.0"),
+        ("browsers: {allowed_origins: [app.example]}", "browsers.allowed_origins"),
+        ("voices: {shared: [a/b]}", "voices.shared"),
+        ("voices: {max_per_owner: 0}", "voices.max_per_owner"),
         ("trusted_proxies: [10.0.0.300]", "trusted_proxies.0"),
         ("trusted_proxies: [10.0.0.1/8]", "trusted_proxies.0"),
     ],
@@ -93,6 +100,12 @@ def test_missing_file_and_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> 
 def test_shipped_profiles_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VOICE_CLONE_CONFIG", str(path))
     build_app(load_settings())
+
+
+def test_c13_what_is_shipped_listens_on_this_machine_only() -> None:
+    shipped = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    assert shipped["http_options"]["host"] == "127.0.0.1"
+    assert inspect.signature(serve).parameters["host"].default == "127.0.0.1"
 
 
 def test_models_resolve() -> None:

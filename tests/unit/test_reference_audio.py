@@ -283,6 +283,12 @@ def long_silence(kind: str) -> bytes:
             for _ in range(120):
                 file.write(block)
         return out.getvalue()
+    if kind == "vorbis":
+        out = io.BytesIO()
+        with soundfile.SoundFile(out, "w", 8_000, 1, "VORBIS", format="OGG") as file:
+            for _ in range(10):
+                file.write(np.zeros(8_000 * 60, np.float32))
+        return out.getvalue()
     # Opus takes longer to make, and eight minutes of it are as endless to a decoder with 30 s to give.
     with StreamEncoder(AudioFormat.OPUS, 48_000) as encoder:
         minute = np.zeros(48_000 * 60, np.float32)
@@ -299,7 +305,7 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("kind", ["flac", "opus"])
+@pytest.mark.parametrize("kind", ["flac", "opus", "vorbis"])
 async def test_hours_of_silence_cost_next_to_nothing(tmp_path: Path, kind: str) -> None:
     bomb = long_silence(kind)
     meter = (sys.executable, "-c", METER, str(tmp_path / "used"), *ReferenceReader.WORKER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +53,44 @@ def test_long_sentence_is_cut_at_a_clause_then_at_a_word() -> None:
 def test_pieces_without_words_join_their_neighbour() -> None:
     pieces = split("Wait... !!! What? — Yes.", "en", 250)
     assert all(is_speakable(piece) for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "." * 99_999 + "a",
+        "a." * 50_000,
+        "(" * 50_000 + "a" + ")" * 50_000,
+        "1" * 100_000,
+        "1," * 50_000,
+        "a" + "\u0301" * 99_999,
+        "a, " * 33_333,
+        "Dr. " * 25_000,
+        "\u0b95\u0bcd" * 50_000,
+        "\ufdfa" * 20_000,
+    ],
+    ids=[
+        "dots",
+        "initials",
+        "nested",
+        "digits",
+        "commas",
+        "marks",
+        "list",
+        "titles",
+        "conjuncts",
+        "ligature",
+    ],
+)
+def test_a16_texts_made_to_take_long_do_not(text: str) -> None:
+    began_s = time.process_time()
+    cleaned = clean(text)
+    find_language(cleaned, ("en",))
+    pieces = split(cleaned, "en", 250)
+    # Milliseconds here; what is quadratic in a text of this length takes minutes.
+    assert time.process_time() - began_s < 10
+    assert "".join(pieces) == cleaned
+    assert all(len(piece) <= 250 for piece in pieces)
 
 
 @pytest.mark.parametrize("text", ["", "  \n", "…!!", "🎉", "\u0000\u0001", "\ufeff", "\ud800"])
