@@ -5,12 +5,12 @@
     VoiceCloneError
     + InvalidRequest 400            invalid_request_error
       - MissingField · InvalidValue · InputEmpty · InputTooLong · UnsupportedLanguage
-      - UnsupportedFormat · UnsupportedOption · InvalidJson
+      - UnsupportedFormat · UnsupportedOption · InvalidJson · ConflictingFields · FeatureDisabled
     + Unauthenticated 401           authentication_error
     + Forbidden 403                 permission_error
       - ConsentRequired
     + NotFound 404                  not_found_error
-      - ModelNotFound · VoiceNotFound · RouteNotFound
+      - ModelNotFound · VoiceNotFound · ConsentNotFound · RouteNotFound
     + MethodNotAllowed 405          invalid_request_error
     + VoiceExists 409               conflict_error
     + BodyTooLarge 413              invalid_request_error
@@ -157,6 +157,20 @@ class UnsupportedOption(InvalidRequest):
     title = "Unsupported option"
 
 
+class ConflictingFields(InvalidRequest):
+    """Two fields that exclude each other."""
+
+    code = "conflicting_fields"
+    title = "Conflicting fields"
+
+
+class FeatureDisabled(InvalidRequest):
+    """Something this server does not do for anybody."""
+
+    code = "feature_disabled"
+    title = "Feature disabled"
+
+
 class Unauthenticated(VoiceCloneError):
     """No API key, or a wrong one."""
 
@@ -203,6 +217,13 @@ class VoiceNotFound(NotFound):
 
     code = "voice_not_found"
     title = "Voice not found"
+
+
+class ConsentNotFound(NotFound):
+    """No consent of that id."""
+
+    code = "consent_not_found"
+    title = "Consent not found"
 
 
 class RouteNotFound(NotFound):

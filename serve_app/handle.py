@@ -21,6 +21,7 @@ from ulid import ULID
 from serve_app.errors import InternalError, Unavailable
 from serve_app.protocol import (
     AudioFrame,
+    ConsentRequest,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -28,6 +29,7 @@ from serve_app.protocol import (
     SpeechRequest,
     SpeechStarted,
 )
+from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import Voice
 
@@ -101,6 +103,26 @@ class RouterHandle:
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
         """Remove a voice and return what it was."""
         return await self._call("delete_voice", Voice, voice, owner)
+
+    async def record_consent(self, request: ConsentRequest) -> VoiceConsent:
+        """Keep a recording in which a speaker consents."""
+        return await self._call("record_consent", VoiceConsent, request)
+
+    async def consent(self, consent_id: str, owner: str = "public") -> VoiceConsent:
+        """One recorded consent."""
+        return await self._call("consent", VoiceConsent, consent_id, owner)
+
+    async def consents(self, owner: str = "public", limit: int = 20, after: str | None = None) -> ConsentPage:
+        """Recorded consents, oldest first."""
+        return await self._call("consents", ConsentPage, owner, limit, after)
+
+    async def rename_consent(self, consent_id: str, name: str, owner: str = "public") -> VoiceConsent:
+        """Give a recorded consent another name."""
+        return await self._call("rename_consent", VoiceConsent, consent_id, name, owner)
+
+    async def delete_consent(self, consent_id: str, owner: str = "public") -> VoiceConsent:
+        """Remove a recorded consent and return what it was."""
+        return await self._call("delete_consent", VoiceConsent, consent_id, owner)
 
     async def models(self) -> dict[str, EngineFacts | None]:
         """Served engines by name; None for one that has no running replica now."""

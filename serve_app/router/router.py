@@ -18,7 +18,6 @@ from ray.serve.handle import DeploymentHandle
 from engines.contract import Samples
 from serve_app.config import Settings
 from serve_app.errors import (
-    ConsentRequired,
     EngineFailed,
     EngineUnavailable,
     InputTooLong,
@@ -38,6 +37,7 @@ from serve_app.metrics import AUDIO, CHARACTERS, FIRST_AUDIO, GAPS, REFUSALS, RE
 from serve_app.process import process_activity
 from serve_app.protocol import (
     AudioFrame,
+    ConsentRequest,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -50,13 +50,15 @@ from serve_app.protocol import (
 )
 from serve_app.router import text as texts
 from serve_app.router.batching import EngineQueue, QueueLimits
-from serve_app.router.conditioning import ConditioningSource, extract
+from serve_app.router.conditioning import ConditioningSource, VoiceConditioning, extract
+from serve_app.router.consents import Consents
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
 from serve_app.router.fair_queue import Tier
 from serve_app.router.limits.admission import Admission
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
+from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.voice import Consent, NewVoice, Voice
@@ -122,8 +124,9 @@ class Router:
         self._store = VoiceStore.open(settings.voices.store)
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
-        self._sweeping = asyncio.create_task(self._sweep())
         self._reader = ReferenceReader(settings.voices.reference)
+        self._consents = Consents(self._store, self._reader)
+        self._sweeping = asyncio.create_task(self._sweep())
         self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
             self._store,
@@ -143,6 +146,7 @@ class Router:
         while True:
             try:
                 await self._store.sweep()
+                await self._consents.sweep()
             except VoiceCloneError as error:
                 logger.warning("The voice store could not be swept: %s", error.message)
             await asyncio.sleep(_SWEEP_INTERVAL_S)
@@ -184,6 +188,8 @@ class Router:
     async def _speak(self, request: SpeechRequest, asked_s: float) -> AsyncGenerator[list[SpeechEvent], None]:
         first = self._engine_name(request.model)
         text = texts.clean(request.text)
+        if request.reference is not None:
+            await self._consents.demanded(request.reference.consent, request.owner, self._settings.voices)
         failure: VoiceCloneError | None = None
         for name in self._candidates(first, request):
             async with aclosing(self._speak_with(name, request, text, asked_s)) as events:
@@ -220,9 +226,7 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice = await self._voice(request.voice, request.owner)
-        language = _language(request.language, text, facts)
-        prepared = await self._conditioning.get(voice, facts, self._engines[name])
+        voice_id, language, prepared = await self._prepared(request, text, facts, self._engines[name])
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
@@ -268,7 +272,7 @@ class Router:
                 look_ahead_s=limits.look_ahead_s,
                 stall_timeout_s=limits.stall_timeout_s,
             )
-            started = SpeechStarted(name, voice.id, language, facts.card.sample_rate_hz, seed, len(pieces))
+            started = SpeechStarted(name, voice_id, language, facts.card.sample_rate_hz, seed, len(pieces))
             outcome = "cancelled"
             self._metrics.count(CHARACTERS, len(text), engine=name, client=client)
             if request.speech_id:
@@ -289,6 +293,18 @@ class Router:
                 self._metrics.count(REQUESTS, engine=name, client=client, outcome=outcome)
                 self._metrics.count(AUDIO, playback.sent_s, engine=name, client=client)
                 self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
+
+    async def _prepared(
+        self, request: SpeechRequest, text: str, facts: EngineFacts, engine: EngineDispatch
+    ) -> tuple[str, str, VoiceConditioning]:
+        """Id of the voice (empty for a one-shot reference), language to speak, and conditioning."""
+        if request.reference is not None:
+            language = _language(request.language, text, facts)
+            once = await self._conditioning.once(request.reference, facts, engine, self._reader)
+            return "", language, once
+        voice = await self._voice(request.voice, request.owner)
+        language = _language(request.language, text, facts)
+        return voice.id, language, await self._conditioning.get(voice, facts, engine)
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -338,14 +354,9 @@ class Router:
                 return await self._enrol(request)
 
     async def _enrol(self, request: EnrolRequest) -> Voice:
-        settings = self._settings.voices
-        if settings.consent == "required" and not request.consent.strip():
-            raise ConsentRequired(
-                "This server enrols no voice without consent. Send the speaker's statement in 'consent'.",
-                param="consent",
-            )
+        consent = await self._consents.demanded(request.consent, request.owner, self._settings.voices)
         name = self._engine_name(request.model)
-        new = _new_voice(request)
+        new = _new_voice(request, consent)
         if not request.replace:
             await self._refuse_taken_name(new)
         checked = await self._reader.read(request.audio)
@@ -386,6 +397,33 @@ class Router:
         await self._store.delete(found.id, owner)
         self._conditioning.forget(found)
         return found
+
+    @answers
+    async def record_consent(self, request: ConsentRequest) -> VoiceConsent:
+        """Keep a recording in which a speaker consents."""
+        with self._accepted():
+            async with self._admission.admit(request.caller, characters=0):
+                return await self._consents.record(request)
+
+    @answers
+    async def consent(self, consent_id: str, owner: str = "public") -> VoiceConsent:
+        """One recorded consent."""
+        return await self._consents.get(consent_id, owner)
+
+    @answers
+    async def consents(self, owner: str = "public", limit: int = 20, after: str | None = None) -> ConsentPage:
+        """Recorded consents, oldest first."""
+        return await self._consents.list(owner, limit, after)
+
+    @answers
+    async def rename_consent(self, consent_id: str, name: str, owner: str = "public") -> VoiceConsent:
+        """Give a recorded consent another name."""
+        return await self._consents.rename(consent_id, name, owner)
+
+    @answers
+    async def delete_consent(self, consent_id: str, owner: str = "public") -> VoiceConsent:
+        """Remove a recorded consent and return what it was."""
+        return await self._consents.delete(consent_id, owner)
 
     @answers
     async def models(self) -> dict[str, EngineFacts | None]:
@@ -470,16 +508,16 @@ class Router:
             )
 
 
-def _new_voice(request: EnrolRequest) -> NewVoice:
+def _new_voice(request: EnrolRequest, consent: Consent | None) -> NewVoice:
     """What the store keeps of an enrolment. Raises ``InvalidValue`` for a field it cannot keep."""
-    statement = request.consent.strip()
     try:
         return NewVoice(
             name=request.name,
             owner=request.owner,
             language=request.language,
             transcript=request.transcript,
-            consent=Consent(statement=statement, recorded_at=int(time.time())) if statement else None,
+            description=request.description,
+            consent=consent,
         )
     except ValidationError as error:
         finding = error.errors(include_url=False, include_input=False)[0]
