@@ -233,6 +233,10 @@ class LimitSettings(_Section):
 
     max_input_chars: int = Field(default=4096, ge=1, description="Longest text of one speech request.")
     max_body_bytes: int = Field(default=1 << 20, ge=1024, description="Largest JSON body.")
+    max_batch_items: int = Field(default=32, ge=1, le=1024, description="Texts of one batch request.")
+    max_batch_chars: int = Field(
+        default=32_768, ge=1, description="Characters of all texts of one batch request."
+    )
     max_queued_requests: int = Field(
         default=256, ge=1, description="Requests that may wait for their first audio from one engine."
     )
@@ -256,6 +260,19 @@ class LimitSettings(_Section):
     )
     first_audio_timeout_s: float = Field(
         default=25.0, gt=0, description="A request without sound after this long is answered 503."
+    )
+
+
+class LiveSettings(_Section):
+    """Live sessions over a WebSocket."""
+
+    max_sessions: int = Field(default=256, ge=1, description="Open sessions of one ingress replica.")
+    config_timeout_s: float = Field(default=10.0, gt=0, description="Wait for the first message.")
+    idle_timeout_s: float = Field(
+        default=60.0, gt=0, description="A session in which nobody says anything for this long is closed."
+    )
+    max_pending_chars: int = Field(
+        default=16_384, ge=1, description="Text of one session that may wait to be spoken."
     )
 
 
@@ -327,6 +344,10 @@ class Settings(BaseSettings):
     router: Replicas = Field(default_factory=Replicas, description="Copies of the router.")
     voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
+    live: LiveSettings = Field(default_factory=LiveSettings, description="Live sessions.")
+    browsers: BrowserSettings = Field(
+        default_factory=BrowserSettings, description="Web pages that may use the server."
+    )
     cache: CacheSettings = Field(default_factory=CacheSettings, description="Cache of finished audio.")
     keys: dict[str, ApiKey] = Field(
         default_factory=dict,
@@ -336,9 +357,6 @@ class Settings(BaseSettings):
         default=None,
         description="What callers without a key may do. Left out: nothing if there are keys; else `speak` "
         "and `voices`, and `admin` for programs on this machine.",
-    )
-    browsers: BrowserSettings = Field(
-        default_factory=BrowserSettings, description="Web pages that may use the server."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default_factory=lambda: os.environ.get("LOG_LEVEL", "INFO").upper(),

@@ -5,12 +5,13 @@
     VoiceCloneError
     + InvalidRequest 400            invalid_request_error
       - MissingField · InvalidValue · InputEmpty · InputTooLong · UnsupportedLanguage
-      - UnsupportedFormat · UnsupportedOption · InvalidJson
+      - UnsupportedFormat · UnsupportedOption · InvalidJson · ConflictingFields · FeatureDisabled
     + Unauthenticated 401           authentication_error
     + Forbidden 403                 permission_error
       - ConsentRequired · VoiceForbidden · HostNotAllowed · OriginNotAllowed
     + NotFound 404                  not_found_error
-      - ModelNotFound · VoiceNotFound · RouteNotFound · NodeNotFound · AnnouncementNotFound
+      - ModelNotFound · VoiceNotFound · ConsentNotFound · RouteNotFound · NodeNotFound
+      - AnnouncementNotFound
     + MethodNotAllowed 405          invalid_request_error
     + Gone 410                      invalid_request_error
     + ScalesItself 409              conflict_error
@@ -161,6 +162,20 @@ class UnsupportedOption(InvalidRequest):
     title = "Unsupported option"
 
 
+class ConflictingFields(InvalidRequest):
+    """Two fields that exclude each other."""
+
+    code = "conflicting_fields"
+    title = "Conflicting fields"
+
+
+class FeatureDisabled(InvalidRequest):
+    """Something this server does not do for anybody."""
+
+    code = "feature_disabled"
+    title = "Feature disabled"
+
+
 class Unauthenticated(VoiceCloneError):
     """No API key, or a wrong one."""
 
@@ -228,6 +243,13 @@ class VoiceNotFound(NotFound):
 
     code = "voice_not_found"
     title = "Voice not found"
+
+
+class ConsentNotFound(NotFound):
+    """No consent of that id."""
+
+    code = "consent_not_found"
+    title = "Consent not found"
 
 
 class RouteNotFound(NotFound):

@@ -23,6 +23,7 @@ from serve_app.protocol import (
     AudioFrame,
     BatchProgress,
     Caller,
+    ConsentRequest,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -33,6 +34,7 @@ from serve_app.protocol import (
     SpeechStarted,
 )
 from serve_app.voices.announcements import Announcement
+from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import BuiltInVoice, Voice
 
@@ -107,6 +109,26 @@ class RouterHandle:
     async def delete_voice(self, voice: str, caller: Caller) -> str:
         """Remove a voice and return its id."""
         return await self._call("delete_voice", str, voice, caller)
+
+    async def record_consent(self, request: ConsentRequest) -> VoiceConsent:
+        """Keep a recording in which a speaker consents."""
+        return await self._call("record_consent", VoiceConsent, request)
+
+    async def consent(self, consent_id: str, caller: Caller) -> VoiceConsent:
+        """One recorded consent."""
+        return await self._call("consent", VoiceConsent, consent_id, caller)
+
+    async def consents(self, caller: Caller, limit: int = 20, after: str | None = None) -> ConsentPage:
+        """Recorded consents, oldest first."""
+        return await self._call("consents", ConsentPage, caller, limit, after)
+
+    async def rename_consent(self, consent_id: str, name: str, caller: Caller) -> VoiceConsent:
+        """Give a recorded consent another name."""
+        return await self._call("rename_consent", VoiceConsent, consent_id, name, caller)
+
+    async def delete_consent(self, consent_id: str, caller: Caller) -> VoiceConsent:
+        """Remove a recorded consent and return what it was."""
+        return await self._call("delete_consent", VoiceConsent, consent_id, caller)
 
     async def models(self) -> dict[str, EngineFacts | None]:
         """Served engines by name; None for one that has no running replica now."""

@@ -63,11 +63,21 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
+class OneShotReference:
+    """A recording to speak like, for one request: never enrolled. ``audio`` is unchecked."""
+
+    audio: bytes
+    transcript: str = ""
+    #: A statement, or the id of a recorded consent.
+    consent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SpeechRequest:
     """One text to speak in one voice, whatever dialect it came in."""
 
     text: str
-    #: Id, name or alias of the voice.
+    #: Id, name or alias of the voice; means nothing if there is a ``reference``.
     voice: str
     #: Served engine or alias; None is the default engine.
     model: str | None = None
@@ -84,6 +94,8 @@ class SpeechRequest:
     fallback_engines: tuple[str, ...] | None = None
     #: Unique name of this speech if its reader reports what it has taken; empty if it does not.
     speech_id: str = ""
+    #: Speak like this recording instead of an enrolled voice.
+    reference: OneShotReference | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +103,7 @@ class SpeechStarted:
     """First answer of a speech: what is speaking. Sent together with the first audio."""
 
     engine: str
+    #: Empty for a one-shot reference.
     voice_id: str
     language: str
     sample_rate_hz: int
@@ -121,13 +134,26 @@ class EnrolRequest:
 
     name: str
     audio: bytes
+    #: A statement, or the id of a recorded consent.
     consent: str = ""
     transcript: str = ""
     language: str = ""
+    description: str = ""
     #: Engine whose conditioning is computed at once; None is the default engine.
     model: str | None = None
     #: Replace a voice of this name instead of refusing.
     replace: bool = False
+    request_id: str = ""
+    caller: Caller = field(default_factory=Caller)
+
+
+@dataclass(frozen=True, slots=True)
+class ConsentRequest:
+    """A recording in which a speaker consents. ``audio`` is the upload as it came, unchecked."""
+
+    name: str
+    language: str
+    audio: bytes
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 from enum import StrEnum
 from types import TracebackType
 from typing import Final, NamedTuple, Self
@@ -144,7 +145,8 @@ class _Sink:
 class StreamEncoder:
     """Encodes one response. ``encode`` each chunk, then ``finish``; ``close`` whatever happens.
 
-    Usable as a context manager, which closes it. Not safe for two threads at a time.
+    Usable as a context manager, which closes it. One thread may close it while another still encodes, as
+    happens when the client of a response leaves.
     """
 
     def __init__(
@@ -168,6 +170,7 @@ class StreamEncoder:
         Raises:
             InvalidValue: The format cannot carry ``sample_rate_hz``.
         """
+        self._turn = threading.RLock()
         self.audio_format = audio_format
         self.sample_rate_hz = _choose_rate(audio_format, source_rate_hz, sample_rate_hz)
         self._resampler = (
@@ -202,32 +205,35 @@ class StreamEncoder:
 
         Raises ``EngineFailed`` if a sample is not a finite number, ``ValueError`` after ``finish``.
         """
-        if self._finished:
-            raise ValueError("The response is finished: nothing can be added to it.")
-        if len(samples) == 0:
-            return self._take()
-        if not np.isfinite(samples).all():
-            # Looked at before the resampler, whose memory would spread it over what follows.
-            raise EngineFailed("The engine produced sound that is not a number. Send the request again.")
-        return self._write(self._resample(samples, last=False))
+        with self._turn:
+            if self._finished:
+                raise ValueError("The response is finished: nothing can be added to it.")
+            if len(samples) == 0:
+                return self._take()
+            if not np.isfinite(samples).all():
+                # Looked at before the resampler, whose memory would spread it over what follows.
+                raise EngineFailed("The engine produced sound that is not a number. Send the request again.")
+            return self._write(self._resample(samples, last=False))
 
     def finish(self) -> bytes:
         """End the container; gives the last bytes. A second call gives none."""
-        if self._finished:
-            return b""
-        tail = self._write(self._resample(np.zeros(0, np.float32), last=True))
-        if self._frames_owed is not None and self._frames < self._frames_owed:
-            tail += self._write(np.zeros(self._frames_owed - self._frames, np.float32))
-        self.close()
-        return tail + self._take()
+        with self._turn:
+            if self._finished:
+                return b""
+            tail = self._write(self._resample(np.zeros(0, np.float32), last=True))
+            if self._frames_owed is not None and self._frames < self._frames_owed:
+                tail += self._write(np.zeros(self._frames_owed - self._frames, np.float32))
+            self.close()
+            return tail + self._take()
 
     def close(self) -> None:
         """Give the codec back. May be called at any time and more than once; ends ``encode``."""
-        self._finished = True
-        if self._muxer is not None:
-            self._muxer.close()
-            self._muxer = None
-        self._resampler = None
+        with self._turn:
+            self._finished = True
+            if self._muxer is not None:
+                self._muxer.close()
+                self._muxer = None
+            self._resampler = None
 
     def __enter__(self) -> Self:
         return self

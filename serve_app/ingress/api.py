@@ -8,10 +8,11 @@ from fastapi import FastAPI
 
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
-from serve_app.ingress import openai, ops, v3, v3_operations, voices
+from serve_app.ingress import consents, openai, ops, stream, v3, v3_operations, voices
 from serve_app.ingress.access import Access
 from serve_app.ingress.browsers import SafeHeaders, add_cors
 from serve_app.ingress.callers import Callers
+from serve_app.ingress.data_url import encoded_length
 from serve_app.ingress.fleet import Fleet
 from serve_app.ingress.guards import BodyLimit, Disconnect, RequestId
 from serve_app.ingress.problems import install_error_handlers
@@ -28,17 +29,22 @@ def build_api(router: RouterHandle, settings: Settings, fleet: Fleet | None = No
     )
     callers = Callers(settings.keys, settings.trusted_proxies)
     install_error_handlers(api)
-    api.include_router(openai.routes(router, callers))
-    api.include_router(voices.routes(router, callers))
+    api.include_router(openai.routes(router, callers, settings))
+    api.include_router(stream.routes(router, callers, settings))
+    api.include_router(voices.routes(router, callers, settings))
+    api.include_router(consents.routes(router, callers))
     api.include_router(v3.routes(router, callers))
     api.include_router(v3_operations.routes(router, callers, fleet or Fleet(router, settings.engines)))
     api.include_router(ops.routes(router))
+    max_upload_bytes = settings.voices.reference.max_upload_bytes
     # Added last runs first: the id is there before anything can be refused.
     api.add_middleware(
         BodyLimit,
         json_bytes=settings.limits.max_body_bytes,
         # The recording plus the other form fields and the multipart framing.
-        form_bytes=settings.voices.reference.max_upload_bytes + (64 << 10),
+        form_bytes=max_upload_bytes + (64 << 10),
+        with_recording=("/v1/audio/speech", "/v1/audio/speech/batch"),
+        recording_bytes=encoded_length(max_upload_bytes),
     )
     api.add_middleware(
         Access,

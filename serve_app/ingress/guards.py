@@ -47,24 +47,39 @@ class Disconnect:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with a ``receive`` that says "http.disconnect"."""
+        """Run the application with a ``receive`` that says "http.disconnect" or "websocket.disconnect"."""
 
         async def receive_or_disconnect() -> Message:
             try:
                 return await receive()
             except TaskCancelledError:
-                return {"type": "http.disconnect"}
+                return {"type": f"{scope['type']}.disconnect"}
 
-        await self._app(scope, receive_or_disconnect if scope["type"] == "http" else receive, send)
+        await self._app(scope, receive if scope["type"] == "lifespan" else receive_or_disconnect, send)
 
 
 class BodyLimit:
     """Refuse a body over the limit: by its declared length at once, else as soon as it has come that far."""
 
-    def __init__(self, app: ASGIApp, *, json_bytes: int, form_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        json_bytes: int,
+        form_bytes: int,
+        with_recording: tuple[str, ...] = (),
+        recording_bytes: int = 0,
+    ) -> None:
+        """Limit bodies to ``form_bytes`` for forms, and for everything else to ``json_bytes``.
+
+        On the paths ``with_recording`` there may be ``recording_bytes`` more; the route counts what is not
+        recording.
+        """
         self._app = app
         self._json_bytes = json_bytes
         self._form_bytes = form_bytes
+        self._with_recording = with_recording
+        self._recording_bytes = recording_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application with a ``receive`` that counts."""
@@ -74,6 +89,8 @@ class BodyLimit:
         headers = Headers(scope=scope)
         is_form = headers.get("content-type", "").startswith("multipart/form-data")
         limit = self._form_bytes if is_form else self._json_bytes
+        if not is_form and scope["path"] in self._with_recording:
+            limit += self._recording_bytes
         too_large = BodyTooLarge(f"The body is larger than {limit} bytes. Send less.")
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > limit:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -84,17 +86,17 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
             "status": error.status,
             "detail": error.message,
             "instance": request_id,
-            "error": {
-                "message": error.message,
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-            },
+            "error": error_member(error),
         },
         error.status,
         headers,
         media_type="application/problem+json",
     )
+
+
+def error_member(error: VoiceCloneError) -> dict[str, str | None]:
+    """What OpenAI's clients read, wherever an error is told to them."""
+    return {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
 
 
 def _seconds(seconds: float) -> int:
@@ -130,7 +132,7 @@ def install_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        problem = from_validation(error)
+        problem = from_validation(error.errors())
         sent = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = sent == "application/json" or sent.endswith("+json")
         if isinstance(problem, InvalidJson) and sent and not is_json:
@@ -158,9 +160,9 @@ def _from_status(request: Request, status: int) -> VoiceCloneError:
     return InvalidRequest("The request cannot be read. Check its headers and its body.")
 
 
-def from_validation(error: RequestValidationError) -> VoiceCloneError:
-    """The first finding as a typed error. The value that was sent is never repeated."""
-    finding = error.errors()[0]
+def from_validation(findings: Sequence[Any]) -> VoiceCloneError:
+    """The first of pydantic's findings as a typed error. The value that was sent is never repeated."""
+    finding = findings[0]
     # loc is ("body", field, …); pydantic adds the name of the union member it tried.
     path = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
     param = path[0] if path else None

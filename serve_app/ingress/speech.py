@@ -1,18 +1,33 @@
-"""From the router's frames to an audio body: the first frame decides the status, one encoder per response."""
+"""From the router's frames to an audio body: the first frame decides the status, one encoder per response.
+
+Server-sent events (``stream_format: sse``) carry the same encoded stream in slices::
+
+    data: {"type": "speech.audio.delta", "audio": "<base64>", "response_format": "mp3"}
+    data: {"type": "speech.audio.done", "usage": {…}}
+
+or, if it fails after the first audio, and before the connection is cut for clients that know no such event::
+
+    data: {"type": "speech.audio.error", "error": {…, "partial_audio": true, "action": "discard"}}
+"""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve_app.audio.encode import AudioFormat, StreamEncoder, encode_whole
-from serve_app.errors import EngineFailed
+from serve_app.errors import EngineFailed, VoiceCloneError
 from serve_app.handle import RouterHandle
+from serve_app.ingress.problems import error_member
 from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
 
 
@@ -31,6 +46,29 @@ class AudioResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """A speech that is finished, as one encoded file."""
+
+    started: SpeechStarted
+    body: bytes
+    duration_ms: int
+
+
+async def speak_whole(
+    router: RouterHandle, request: SpeechRequest, audio_format: AudioFormat, sample_rate_hz: int | None
+) -> Spoken:
+    """Speak ``request`` and wait for all of it."""
+    started, frames = await begin(router, request)
+    async with aclosing(frames):
+        parts = [frame.samples async for frame in frames if isinstance(frame, AudioFrame)]
+    samples = np.concatenate(parts)
+    body = await asyncio.to_thread(
+        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz=sample_rate_hz
+    )
+    return Spoken(started, body, round(1000 * len(samples) / started.sample_rate_hz))
+
+
 async def speech_response(
     router: RouterHandle,
     request: SpeechRequest,
@@ -39,35 +77,56 @@ async def speech_response(
     sample_rate_hz: int | None,
     stream: bool,
     headers: Mapping[str, str],
+    events: bool = False,
 ) -> Response:
-    """Speak ``request``; raises its ``VoiceCloneError`` if it fails before the first audio."""
+    """Speak ``request``; raises its ``VoiceCloneError`` if it fails before the first audio.
+
+    ``events`` sends a stream as server-sent events.
+    """
+    if not stream:
+        spoken = await speak_whole(router, request, audio_format, sample_rate_hz)
+        facts = {**_facts(spoken.started), "X-Audio-Duration-Ms": str(spoken.duration_ms)}
+        return Response(spoken.body, headers={**headers, **facts}, media_type=audio_format.media_type)
+    started, frames = await begin(router, request)
+    try:
+        encoder = StreamEncoder(audio_format, started.sample_rate_hz, sample_rate_hz=sample_rate_hz)
+    except BaseException:
+        await frames.aclose()
+        raise
+    headers = {**headers, **_facts(started), "X-Accel-Buffering": "no"}
+    if events:
+        headers = {**headers, "Cache-Control": "no-cache"}
+        return AudioResponse(
+            _events(encoded(frames, encoder), encoder, request.text), headers, "text/event-stream"
+        )
+    return AudioResponse(encoded(frames, encoder), headers, audio_format.media_type)
+
+
+def usage(text: str) -> dict[str, int]:
+    """OpenAI's usage of a speech. Nothing here has tokens: what is counted are the characters of the text."""
+    return {"input_tokens": len(text), "output_tokens": 0, "total_tokens": len(text)}
+
+
+async def begin(
+    router: RouterHandle, request: SpeechRequest
+) -> tuple[SpeechStarted, AsyncGenerator[SpeechStarted | AudioFrame, None]]:
+    """Wait for the first audio of ``request``: what speaks, and the frames, which the caller must close."""
     frames = router.speak(request)
     try:
         started = await anext(frames)
         if not isinstance(started, SpeechStarted):
             raise EngineFailed("The router sent audio before it said whose.")
-        headers = {**headers, **_facts(started)}
-        if stream:
-            encoder = StreamEncoder(audio_format, started.sample_rate_hz, sample_rate_hz=sample_rate_hz)
-            headers = {**headers, "X-Accel-Buffering": "no"}
-            return AudioResponse(_encode(frames, encoder), headers, audio_format.media_type)
-        parts = [frame.samples async for frame in frames if isinstance(frame, AudioFrame)]
     except BaseException:
         await frames.aclose()
         raise
-    samples = np.concatenate(parts)
-    body = await asyncio.to_thread(
-        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz=sample_rate_hz
-    )
-    duration_ms = round(1000 * len(samples) / started.sample_rate_hz)
-    headers = {**headers, "X-Audio-Duration-Ms": str(duration_ms)}
-    return Response(body, headers=headers, media_type=audio_format.media_type)
+    return started, frames
 
 
 def _facts(started: SpeechStarted) -> dict[str, str]:
     return {
         "X-Engine": started.engine,
-        "X-Voice-Id": started.voice_id,
+        # A one-shot reference has no voice to name.
+        **({"X-Voice-Id": started.voice_id} if started.voice_id else {}),
         "X-Language": started.language,
         "X-Seed": str(started.seed),
         "X-Utterances": str(started.utterances),
@@ -76,7 +135,7 @@ def _facts(started: SpeechStarted) -> dict[str, str]:
     }
 
 
-async def _encode(
+async def encoded(
     frames: AsyncGenerator[SpeechStarted | AudioFrame, None], encoder: StreamEncoder
 ) -> AsyncGenerator[bytes, None]:
     """Encoded bytes as the frames come. Closing it closes the frames, and so the engine."""
@@ -91,3 +150,23 @@ async def _encode(
             yield tail
     finally:
         encoder.close()
+
+
+async def _events(
+    body: AsyncGenerator[bytes, None], encoder: StreamEncoder, text: str
+) -> AsyncGenerator[bytes, None]:
+    """``body`` as server-sent events."""
+    try:
+        async with aclosing(body):
+            async for part in body:
+                audio = base64.b64encode(part).decode()
+                yield _event("speech.audio.delta", audio=audio, response_format=encoder.audio_format.value)
+    except VoiceCloneError as error:
+        member = {**error_member(error), "partial_audio": True, "action": "discard"}
+        yield _event("speech.audio.error", error=member)
+        raise
+    yield _event("speech.audio.done", usage=usage(text))
+
+
+def _event(kind: str, **fields: Any) -> bytes:
+    return f"data: {json.dumps({'type': kind, **fields})}\n\n".encode()

@@ -6,13 +6,15 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 
+from serve_app.config import Settings
+from serve_app.errors import UnsupportedOption
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import EnrolRequest
 from serve_app.voices.voice import BuiltInVoice, Voice
 
 
-def voice_object(voice: Voice | BuiltInVoice) -> dict[str, Any]:
+def voice_object(voice: Voice | BuiltInVoice, settings: Settings) -> dict[str, Any]:
     """A voice as clients see it."""
     if isinstance(voice, BuiltInVoice):
         return {
@@ -25,6 +27,7 @@ def voice_object(voice: Voice | BuiltInVoice) -> dict[str, Any]:
             "created_at": 0,
             "model": voice.engine,
         }
+    aliases = settings.voices.aliases
     return {
         "object": "audio.voice",
         "id": voice.id,
@@ -32,7 +35,13 @@ def voice_object(voice: Voice | BuiltInVoice) -> dict[str, Any]:
         "name": voice.name,
         "type": "audio_sample",
         "created_at": voice.created_at,
+        "status": "ready",
+        # A voice belongs to no engine: each makes its own conditioning of the recording.
+        "engines": list(settings.engines),
+        "aliases": [alias for alias, target in aliases.items() if target in (voice.id, voice.name)],
         "language": voice.language or None,
+        "languages": [voice.language] if voice.language else [],
+        "description": voice.description or None,
         "duration_s": round(voice.duration_s, 3),
         "sample_rate": voice.sample_rate_hz,
         "has_transcript": bool(voice.transcript),
@@ -41,7 +50,7 @@ def voice_object(voice: Voice | BuiltInVoice) -> dict[str, Any]:
     }
 
 
-def routes(router: RouterHandle, callers: Callers) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRouter:
     """Enrol, list, show and delete voices."""
     api = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
 
@@ -50,13 +59,23 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         request: Request,
         audio_sample: Annotated[UploadFile, File(description="1 to 30 s of one speaker.")],
         name: Annotated[str, Form(min_length=1, max_length=100)],
-        consent: Annotated[str, Form(max_length=2000, description="The speaker's consent statement.")] = "",
+        consent: Annotated[
+            str,
+            Form(max_length=2000, description="The speaker's statement, or the id of a recorded consent."),
+        ] = "",
         ref_text: Annotated[str, Form(max_length=2000, description="What is said in the sample.")] = "",
         language: Annotated[str, Form(max_length=35, description="BCP-47.")] = "",
+        speaker_description: Annotated[str, Form(max_length=1000, description="Free text.")] = "",
         model: Annotated[str | None, Form(max_length=100)] = None,
         replace: Annotated[bool, Form(description="Replace a voice of this name.")] = False,
+        kind: Annotated[str, Form(alias="type", description="'audio_sample' only.")] = "audio_sample",
     ) -> dict[str, Any]:
         """Make a voice of a recording."""
+        if kind != "audio_sample":
+            raise UnsupportedOption(
+                "Voices are made of recordings only. Send type 'audio_sample' with 'audio_sample'.",
+                param="type",
+            )
         voice = await router.enrol(
             EnrolRequest(
                 name=name,
@@ -64,29 +83,31 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
                 consent=consent,
                 transcript=ref_text,
                 language=language,
+                description=speaker_description,
                 model=model,
                 replace=replace,
                 request_id=request.state.request_id,
                 caller=callers.caller(request.scope),
             )
         )
-        return voice_object(voice)
+        return voice_object(voice, settings)
 
     @api.get("")
     async def list_voices(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         after: Annotated[str | None, Query(max_length=200)] = None,
+        legacy: Annotated[bool, Query(description="Only names under 'voices'.")] = False,
     ) -> dict[str, Any]:
         """The caller's own voices and the shared ones in order of enrolment, then those of engines."""
         page = await router.voices(callers.caller(request.scope), limit, after)
         found: list[Voice | BuiltInVoice] = [*page.voices, *page.built_in]
-        voices = [voice_object(voice) for voice in found]
+        voices = [voice_object(voice, settings) for voice in found]
         return {
             "object": "list",
             "data": voices,
-            # Clients that predate OpenAI's list shape read this member.
-            "voices": voices,
+            # Clients that predate OpenAI's list shape read this member: Open WebUI objects, others names.
+            "voices": [voice["name"] for voice in voices] if legacy else voices,
             "first_id": voices[0]["id"] if voices else None,
             "last_id": voices[-1]["id"] if voices else None,
             "has_more": page.has_more,
@@ -95,7 +116,7 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     @api.get("/{voice}")
     async def get_voice(voice: str, request: Request) -> dict[str, Any]:
         """One voice by id, name or alias."""
-        return voice_object(await router.voice(voice, callers.caller(request.scope)))
+        return voice_object(await router.voice(voice, callers.caller(request.scope)), settings)
 
     @api.delete("/{voice}")
     async def delete_voice(voice: str, request: Request) -> dict[str, Any]:

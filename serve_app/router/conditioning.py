@@ -13,15 +13,18 @@ from typing import Any
 
 from engines.contract import Conditioning, EngineError, Reference
 from serve_app.errors import VoiceCloneError, from_engine
-from serve_app.protocol import EngineFacts
+from serve_app.protocol import EngineFacts, OneShotReference
 from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
+from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoiceStore
 from serve_app.voices.voice import BuiltInVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
 _Key = tuple[str, str, str]
+#: In place of a voice's revision, which never begins so.
+_ONE_SHOT = "once:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,37 @@ class ConditioningSource:
     async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> VoiceConditioning:
         """Conditioning of ``voice`` for the weights in ``facts``."""
         key = (voice.revision, facts.card.name, facts.weights_fingerprint)
-        return await self._once(key, lambda: self._load(key, voice, facts, engine))
+        return await self._shared(key, lambda: self._load(key, voice, facts, engine))
+
+    async def once(
+        self,
+        one_shot: OneShotReference,
+        facts: EngineFacts,
+        engine: EngineDispatch,
+        reader: ReferenceReader,
+    ) -> VoiceConditioning:
+        """Conditioning of a recording that is no voice, through all of ``reader``'s checks.
+
+        It is never stored. In memory it serves the next request with the same recording, for ``ttl_s``.
+        """
+        now_s = time.monotonic()
+        for key, entry in [*self._entries.items()]:
+            if key[0].startswith(_ONE_SHOT) and now_s - entry.read_at_s >= self._ttl_s:
+                del self._entries[key]
+        content = blake2b(one_shot.audio, digest_size=16)
+        content.update(one_shot.transcript.encode())
+        key = (_ONE_SHOT + content.hexdigest(), facts.card.name, facts.weights_fingerprint)
+
+        async def compute() -> VoiceConditioning:
+            try:
+                checked = await reader.read(one_shot.audio)
+                reference = checked.as_reference(transcript=one_shot.transcript)
+                return self._remember(key, await extract(engine, reference))
+            except VoiceCloneError as error:
+                error.param = error.param or "ref_audio"
+                raise
+
+        return await self._shared(key, compute)
 
     async def built_in(
         self, voice: BuiltInVoice, facts: EngineFacts, engine: EngineDispatch
@@ -68,18 +101,19 @@ class ConditioningSource:
         async def load() -> VoiceConditioning:
             return self._remember(key, await engine.built_in_voice(voice.name))
 
-        return await self._once(key, load)
+        return await self._shared(key, load)
 
-    async def _once(
-        self, key: _Key, load: Callable[[], Coroutine[Any, Any, VoiceConditioning]]
+    async def _shared(
+        self, key: _Key, compute: Callable[[], Coroutine[Any, Any, VoiceConditioning]]
     ) -> VoiceConditioning:
+        """What is remembered under ``key`` and fresh, else what ``compute`` gives, once for all who ask."""
         entry = self._entries.get(key)
         if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
             self._entries.move_to_end(key)
             return entry
         task = self._pending.get(key)
         if task is None:
-            task = start_detached(load())
+            task = start_detached(compute())
             self._pending[key] = task
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         # One caller leaving must not stop the computation others wait for.

@@ -18,7 +18,6 @@ from ray.serve.handle import DeploymentHandle
 from engines.contract import Samples
 from serve_app.config import Settings
 from serve_app.errors import (
-    ConsentRequired,
     EngineFailed,
     EngineUnavailable,
     InputTooLong,
@@ -39,6 +38,7 @@ from serve_app.protocol import (
     AudioFrame,
     BatchProgress,
     Caller,
+    ConsentRequest,
     EngineFacts,
     EnrolRequest,
     Failure,
@@ -56,6 +56,7 @@ from serve_app.router.batch_board import BatchBoard
 from serve_app.router.batching import EngineQueue, QueueLimits
 from serve_app.router.built_in_voices import built_in_voices, find_built_in_voice
 from serve_app.router.conditioning import ConditioningSource, VoiceConditioning, extract
+from serve_app.router.consents import Consents
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
 from serve_app.router.fair_queue import Tier
 from serve_app.router.limits.admission import Admission
@@ -63,6 +64,7 @@ from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
 from serve_app.voices.announcements import Announcement, Announcements
+from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.visible import VisibleVoices
@@ -131,7 +133,6 @@ class Router:
         self._store = VoiceStore.open(settings.voices.store)
         # A store that cannot be written fails the deployment, with the sentence in `serve status`.
         await self._store.check()
-        self._sweeping = asyncio.create_task(self._sweep())
         self._voices = VisibleVoices(
             self._store,
             aliases=settings.voices.aliases,
@@ -139,8 +140,10 @@ class Router:
             shared_ids=settings.voices.shared_ids,
             max_per_owner=settings.voices.max_per_owner,
         )
-        self._announcements = Announcements(self._store)
+        self._announcements = Announcements(self._store.objects)
         self._reader = ReferenceReader(settings.voices.reference)
+        self._consents = Consents(self._store, self._reader)
+        self._sweeping = asyncio.create_task(self._sweep())
         self._admission = Admission.open(settings.limits, settings.keys)
         self._conditioning = ConditioningSource(
             self._store,
@@ -160,6 +163,7 @@ class Router:
         while True:
             try:
                 await self._store.sweep()
+                await self._consents.sweep()
             except VoiceCloneError as error:
                 logger.warning("The voice store could not be swept: %s", error.message)
             await asyncio.sleep(_SWEEP_INTERVAL_S)
@@ -204,6 +208,10 @@ class Router:
     async def _speak(self, request: SpeechRequest, asked_s: float) -> AsyncGenerator[list[SpeechEvent], None]:
         first = self._engine_name(request.model)
         text = texts.clean(request.text)
+        if request.reference is not None:
+            await self._consents.demanded(
+                request.reference.consent, request.caller.owner, self._settings.voices
+            )
         failure: VoiceCloneError | None = None
         for name in self._candidates(first, request):
             async with aclosing(self._speak_with(name, request, text, asked_s)) as events:
@@ -240,9 +248,7 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice = await self._voice(request.voice, request.caller, name)
-        language = _language(request.language, text, facts)
-        prepared = await self._prepared(voice, name, facts)
+        voice_id, language, prepared = await self._prepared(request, text, name, facts)
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
@@ -288,7 +294,7 @@ class Router:
                 look_ahead_s=limits.look_ahead_s,
                 stall_timeout_s=limits.stall_timeout_s,
             )
-            started = SpeechStarted(name, voice.id, language, facts.card.sample_rate_hz, seed, len(pieces))
+            started = SpeechStarted(name, voice_id, language, facts.card.sample_rate_hz, seed, len(pieces))
             outcome = "cancelled"
             self._metrics.count(CHARACTERS, len(text), engine=name, client=client)
             if request.speech_id:
@@ -311,11 +317,19 @@ class Router:
                 self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
 
     async def _prepared(
-        self, voice: Voice | BuiltInVoice, name: str, facts: EngineFacts
-    ) -> VoiceConditioning:
+        self, request: SpeechRequest, text: str, name: str, facts: EngineFacts
+    ) -> tuple[str, str, VoiceConditioning]:
+        """Id of the voice (empty for a one-shot reference), language to speak, and conditioning."""
+        engine = self._engines[name]
+        if request.reference is not None:
+            language = _language(request.language, text, facts)
+            once = await self._conditioning.once(request.reference, facts, engine, self._reader)
+            return "", language, once
+        voice = await self._voice(request.voice, request.caller, name)
+        language = _language(request.language, text, facts)
         if isinstance(voice, BuiltInVoice):
-            return await self._conditioning.built_in(voice, facts, self._engines[name])
-        return await self._conditioning.get(voice, facts, self._engines[name])
+            return voice.id, language, await self._conditioning.built_in(voice, facts, engine)
+        return voice.id, language, await self._conditioning.get(voice, facts, engine)
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -365,14 +379,9 @@ class Router:
                 return await self._enrol(request)
 
     async def _enrol(self, request: EnrolRequest) -> Voice:
-        settings = self._settings.voices
-        if settings.consent == "required" and not request.consent.strip():
-            raise ConsentRequired(
-                "This server enrols no voice without consent. Send the speaker's statement in 'consent'.",
-                param="consent",
-            )
+        consent = await self._consents.demanded(request.consent, request.caller.owner, self._settings.voices)
         name = self._engine_name(request.model)
-        new = _new_voice(request)
+        new = _new_voice(request, consent)
         await self._voices.check_new(new.name, new.owner, replace=request.replace)
         checked = await self._reader.read(request.audio)
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
@@ -459,6 +468,33 @@ class Router:
     async def batches(self, caller: Caller) -> list[BatchProgress]:
         """How far the requests of several texts of ``caller`` are."""
         return self._batches.of(caller.client)
+
+    @answers
+    async def record_consent(self, request: ConsentRequest) -> VoiceConsent:
+        """Keep a recording in which a speaker consents."""
+        with self._accepted():
+            async with self._admission.admit(request.caller, characters=0):
+                return await self._consents.record(request)
+
+    @answers
+    async def consent(self, consent_id: str, caller: Caller) -> VoiceConsent:
+        """One recorded consent."""
+        return await self._consents.get(consent_id, caller.owner)
+
+    @answers
+    async def consents(self, caller: Caller, limit: int, after: str | None) -> ConsentPage:
+        """Recorded consents, oldest first."""
+        return await self._consents.list(caller.owner, limit, after)
+
+    @answers
+    async def rename_consent(self, consent_id: str, name: str, caller: Caller) -> VoiceConsent:
+        """Give a recorded consent another name."""
+        return await self._consents.rename(consent_id, name, caller.owner)
+
+    @answers
+    async def delete_consent(self, consent_id: str, caller: Caller) -> VoiceConsent:
+        """Remove a recorded consent and return what it was."""
+        return await self._consents.delete(consent_id, caller.owner)
 
     @answers
     async def models(self) -> dict[str, EngineFacts | None]:
@@ -558,16 +594,16 @@ class Router:
             )
 
 
-def _new_voice(request: EnrolRequest) -> NewVoice:
+def _new_voice(request: EnrolRequest, consent: Consent | None) -> NewVoice:
     """What the store keeps of an enrolment. Raises ``InvalidValue`` for a field it cannot keep."""
-    statement = request.consent.strip()
     try:
         return NewVoice(
             name=request.name,
             owner=request.caller.owner,
             language=request.language,
             transcript=request.transcript,
-            consent=Consent(statement=statement, recorded_at=int(time.time())) if statement else None,
+            description=request.description,
+            consent=consent,
         )
     except ValidationError as error:
         finding = error.errors(include_url=False, include_input=False)[0]

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ulid import ULID
 
 from serve_app.errors import AnnouncementNotFound, StorageFull
-from serve_app.voices.store import VoiceStore
+from serve_app.voices.object_access import ObjectAccess
 
 _log = logging.getLogger(__name__)
 
@@ -50,11 +50,8 @@ class Announcement(BaseModel):
         return self.expires_at is not None and time.time() > self.expires_at
 
 
-class Announcements:
+class Announcements(ObjectAccess):
     """Announcements on the object store of the voices. All methods raise what the store does."""
-
-    def __init__(self, store: VoiceStore) -> None:
-        self._store = store
 
     async def current(self) -> tuple[Announcement, ...]:
         """Those that are not over, oldest first. One that cannot be read is logged and left out."""
@@ -75,8 +72,8 @@ class Announcements:
         if len(known) >= _MOST and announcement.id not in {one.id for one in known}:
             raise StorageFull(f"There are {_MOST} announcements, as many as are kept. Delete one first.")
         blob = announcement.model_dump_json().encode()
-        async with self._store.access("announce"):
-            await obstore.put_async(self._store.objects, _key(announcement.id), blob, use_multipart=False)
+        async with self.access("announce"):
+            await self._put(_key(announcement.id), blob, mode="overwrite")
 
     async def remove(self, announcement_id: str) -> None:
         """Remove an announcement. Raises ``AnnouncementNotFound``."""
@@ -86,11 +83,11 @@ class Announcements:
 
     async def _all(self) -> list[Announcement]:
         found = []
-        async with self._store.access("list announcements"):
-            metas = await obstore.list(self._store.objects, _FOLDER).collect_async()
+        async with self.access("list announcements"):
+            metas = await obstore.list(self._store, _FOLDER).collect_async()
             for meta in metas:
                 try:
-                    answer = await obstore.get_async(self._store.objects, meta["path"])
+                    answer = await obstore.get_async(self._store, meta["path"])
                     announcement = Announcement.model_validate(json.loads(bytes(await answer.bytes_async())))
                 except FileNotFoundError:
                     continue  # removed since it was listed
@@ -102,9 +99,9 @@ class Announcements:
         return found
 
     async def _delete(self, announcement_id: str) -> None:
-        async with self._store.access("remove an announcement"):
+        async with self.access("remove an announcement"):
             try:
-                await obstore.delete_async(self._store.objects, _key(announcement_id))
+                await obstore.delete_async(self._store, _key(announcement_id))
             except FileNotFoundError:
                 return  # somebody else was first
 

@@ -8,6 +8,7 @@ Layout::
     voices/<voice id>/<revision>/reference.flac
     voices/<voice id>/<revision>/conditioning/<engine>-<weights fingerprint>.safetensors
     announcements/<id>.json                                see ``announcements.py``
+    consents/<owner>/…                                     recorded consents: ``consents.py``
 
 A voice exists if, and only if, its record does. Everything else is written before it and removed after it, so
 that a process killed at any moment leaves a voice whole or absent, and some blobs that ``sweep`` removes. The
@@ -27,8 +28,8 @@ import logging
 import re
 import time
 import unicodedata
-from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -42,13 +43,12 @@ from ulid import ULID
 from engines.contract import Conditioning, ConditioningMismatch, Reference
 from serve_app.errors import (
     AudioUndecodable,
-    StorageFull,
-    StoreUnavailable,
     VoiceDamaged,
     VoiceExists,
     VoiceNotFound,
 )
-from serve_app.voices.local_disk import flush, sweep_directory
+from serve_app.voices.local_disk import sweep_directory
+from serve_app.voices.object_access import ObjectAccess, says
 from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
 from serve_app.voices.voice import (
     PUBLIC,
@@ -101,7 +101,7 @@ class _Cached:
     voice: Voice
 
 
-class VoiceStore:
+class VoiceStore(ObjectAccess):
     """Voices on an object store. Safe for any number of tasks, processes and machines on one store.
 
     All methods may raise ``StoreUnavailable`` (cannot be reached, read or written) and ``StorageFull``.
@@ -109,7 +109,7 @@ class VoiceStore:
 
     def __init__(self, store: ObjectStore) -> None:
         """Use ``store``, any of obstore's: a directory, a bucket, memory."""
-        self._store = store
+        super().__init__(store)
         self._cache: dict[str, _Cached] = {}
         self._checked = False
 
@@ -396,55 +396,9 @@ class VoiceStore:
 
     # --- below: the object store, one step at a time ---
 
-    @asynccontextmanager
-    async def access(self, what: str) -> AsyncIterator[None]:
-        """Turn what the object store raises into our errors; details go to the log, not to the client."""
-        try:
-            yield
-        except (BaseError, OSError, NotImplementedError) as error:
-            _log.exception("the voice store failed to %s", what)
-            if _says(error, "os error 28", "os error 122", "StorageFull", "QuotaExceeded"):
-                raise StorageFull(
-                    "There is no space left for voices. Delete voices, or ask the operator for more space."
-                ) from error
-            if (
-                _says(error, "os error 30", "os error 13", "os error 1)")
-                or "Permission" in type(error).__name__
-            ):
-                raise StoreUnavailable(
-                    "The server may not write to its voice store. Ask the operator to make it writable."
-                ) from error
-            raise StoreUnavailable(
-                "The voice store cannot be reached. Try again later, or ask the operator to look at it."
-            ) from error
-
     async def _ensure_reachable(self) -> None:
         if self._checked and await self._meta(_MARKER) is None:
             raise OSError("the marker file of the voice store is gone")
-
-    async def _put(self, key: str, blob: bytes, *, mode: str) -> None:
-        await obstore.put_async(
-            self._store, key, blob, mode="create" if mode == "create" else "overwrite", use_multipart=False
-        )
-        if isinstance(self._store, LocalStore) and self._store.prefix is not None:
-            # obstore does not wait for the disk. Without this a power cut could keep a record and lose the
-            # recording it promises.
-            await asyncio.to_thread(flush, Path(self._store.prefix), key)
-
-    async def _get(self, key: str) -> bytes | None:
-        try:
-            return bytes(await (await obstore.get_async(self._store, key)).bytes_async())
-        except FileNotFoundError:
-            return None
-
-    async def _meta(self, key: str) -> ObjectMeta | None:
-        try:
-            return await obstore.head_async(self._store, key)
-        except FileNotFoundError:
-            return None
-
-    async def _list(self, prefix: str) -> Sequence[ObjectMeta]:
-        return await obstore.list(self._store, prefix, chunk_size=1000).collect_async()
 
     async def _locate(self, id_or_name: str, owner: str) -> str | None:
         """Key of the record an id or name stands for; None if there cannot be one."""
@@ -612,19 +566,14 @@ def _decode_reference(voice: Voice, flac: bytes) -> Reference:
     return Reference(samples, sample_rate_hz, voice.transcript, voice.language)
 
 
-def _says(error: BaseException, *signs: str) -> bool:
-    text = str(error)
-    return any(sign in text for sign in signs)
-
-
 def _operator_sentence(place: str, error: Exception) -> str:
-    if _says(error, "os error 30", "ReadOnlyFilesystem"):
+    if says(error, "os error 30", "ReadOnlyFilesystem"):
         return f"The voice store {place} is read-only. Mount it writable or choose another."
-    if _says(error, "os error 13", "PermissionDenied", "Permission denied"):
+    if says(error, "os error 13", "PermissionDenied", "Permission denied"):
         return f"The voice store {place} may not be written by this user. Change its owner or mode."
-    if _says(error, "os error 20", "os error 17", "File exists"):
+    if says(error, "os error 20", "os error 17", "File exists"):
         return f"The voice store {place} is a file, not a directory. Move it away or choose another place."
-    if _says(error, "os error 28"):
+    if says(error, "os error 28"):
         return f"There is no space left on the voice store {place}. Free some or choose another."
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return f"The voice store {place} cannot be used: {reason}"

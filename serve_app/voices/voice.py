@@ -15,7 +15,8 @@ PUBLIC: Final = "public"
 
 _VOICE_ID: Final = re.compile(r"voice_[0-7][0-9A-HJKMNP-TV-Z]{25}", re.ASCII)
 _OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
-_LANGUAGE: Final = r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*)?$"
+#: BCP-47, or nothing.
+LANGUAGE: Final = r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*)?$"
 _MAX_NAME: Final = 100
 
 
@@ -69,6 +70,7 @@ class Consent(BaseModel):
     statement: str = Field(min_length=1, max_length=2_000, description="What was agreed to, in words.")
     recorded_at: int = Field(description="When the statement was given, in seconds since the epoch.")
     who: str | None = Field(default=None, max_length=200, description="Who gave it.")
+    id: str | None = Field(default=None, max_length=64, description="The recorded consent it refers to.")
 
 
 class NewVoice(BaseModel):
@@ -80,7 +82,7 @@ class NewVoice(BaseModel):
     owner: str = Field(
         default=PUBLIC, pattern=f"^{_OWNER.pattern}$", description="Whose voice list it is in."
     )
-    language: str = Field(default="", pattern=_LANGUAGE, description="BCP-47, empty if unknown.")
+    language: str = Field(default="", pattern=LANGUAGE, description="BCP-47, empty if unknown.")
     transcript: str = Field(default="", max_length=5_000, description="What is said, empty if unknown.")
     description: str = Field(default="", max_length=1_000, description="Free text.")
     consent: Consent | None = None

@@ -125,6 +125,37 @@ def test_a_socket_is_told_the_status_and_a_page_of_others_is_refused(url: str) -
     assert refused.value.response.status_code == 403
 
 
+def test_live_session_speaks_while_it_is_written_and_stops_when_it_is_left(
+    served: tuple[str, dict[str, str]],
+) -> None:
+    url, environment = served
+
+    def rows_open() -> int:
+        replicas = look_inside(environment)["held"]["engine-slow"]
+        return sum(int(replica["rows_open"]) for replica in replicas)
+
+    socket = connect(f"{url.replace('http', 'ws', 1)}/v1/audio/speech/stream")
+    socket.send(json.dumps({"type": "session.config", "model": "slow", "voice": "me"}))
+    socket.send(json.dumps({"type": "input.text", "text": "A sentence. And half of ano"}))
+    messages, sound = [], b""
+    while not messages or messages[-1]["type"] != "audio.done":
+        frame = socket.recv(timeout=60)
+        if isinstance(frame, bytes):
+            sound += frame
+        else:
+            messages.append(json.loads(frame))
+    assert messages[0]["sentence_text"] == "A sentence. "
+    assert len(sound) == 2 * 24 * messages[-1]["duration_ms"]
+    socket.send(json.dumps({"type": "input.text", "text": "ther. " + LONG}))
+    while not isinstance(socket.recv(timeout=60), bytes):
+        pass
+    assert rows_open() > 0
+    socket.close()
+    deadline_s = time.monotonic() + 20
+    while rows_open():
+        assert time.monotonic() < deadline_s
+
+
 def test_slow_reader_holds_its_own_engine_back(served: tuple[str, dict[str, str]]) -> None:
     """1 KB a second of a book: what is ahead of the reader lies in sockets and in the look-ahead, bounded."""
     url, environment = served

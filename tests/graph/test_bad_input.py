@@ -26,7 +26,15 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("fast speed", {**GOOD, "speed": 4.01}, 400, "invalid_value", "speed"),
     ("word as stream", {**GOOD, "stream": "yes"}, 400, "invalid_value", "stream"),
     ("unknown format", {**GOOD, "response_format": "mpeg"}, 400, "unsupported_format", "response_format"),
-    ("sse", {**GOOD, "stream_format": "sse"}, 400, "unsupported_option", "stream_format"),
+    ("unknown stream", {**GOOD, "stream_format": "ws"}, 400, "invalid_value", "stream_format"),
+    (
+        "events of a whole",
+        {**GOOD, "stream_format": "sse", "stream": False},
+        400,
+        "conflicting_fields",
+        "stream_format",
+    ),
+    ("words of nothing", {**GOOD, "ref_text": "Hello."}, 400, "conflicting_fields", "ref_text"),
     ("unknown model", {**GOOD, "model": "gpt-9"}, 404, "model_not_found", "model"),
     ("unknown voice", {**GOOD, "voice": "nobody"}, 404, "voice_not_found", None),
     ("path as voice", {**GOOD, "voice": "../../etc/passwd"}, 404, "voice_not_found", None),
@@ -43,6 +51,25 @@ CASES: list[tuple[str, dict[str, Any], int, str, str | None]] = [
     ("too long", {**GOOD, "input": "a" * 4097}, 400, "input_too_long", "input"),
     ("sample rate", {**GOOD, "sample_rate": 1}, 400, "invalid_value", "sample_rate"),
     ("negative seed", {**GOOD, "seed": -1}, 400, "invalid_value", "seed"),
+    *(
+        (f"reference {url[:24]}", {**GOOD, "ref_audio": url}, status, code, "ref_audio")
+        for url, status, code in (
+            ("file:///etc/passwd", 400, "feature_disabled"),
+            ("/etc/passwd", 400, "feature_disabled"),
+            ("http://127.0.0.1:8265", 400, "feature_disabled"),
+            ("http://169.254.169.254/latest", 400, "feature_disabled"),
+            ("http://2130706433/", 400, "feature_disabled"),
+            ("gopher://localhost", 400, "feature_disabled"),
+            ("", 400, "feature_disabled"),
+            ("data:audio/wav;base64", 400, "invalid_value"),
+            ("data:audio/wav,abc", 400, "invalid_value"),
+            ("data:audio/wav;base64,????", 400, "invalid_value"),
+            ("data:text/html;base64,AAAA", 400, "invalid_value"),
+            ("data:audio/wav;base64,", 415, "unsupported_media_type"),
+            ("data:audio/wav;base64,PGh0bWw+", 415, "unsupported_media_type"),
+            ("data:;base64,UklGRiQAAABXQVZF", 422, "audio_undecodable"),
+        )
+    ),
 ]
 
 
@@ -83,10 +110,19 @@ def test_lone_surrogates_and_control_characters_are_dropped(server: Server) -> N
     assert answer.status_code == 200
 
 
-def test_huge_body_is_refused_before_it_is_read(server: Server) -> None:
-    answer = server.http.post("/v1/audio/speech", json={**GOOD, "input": "a" * (2 << 20)})
+@pytest.mark.parametrize("megabytes", [2, 16])
+def test_huge_text_is_refused(server: Server, megabytes: int) -> None:
+    """Also where the body could be that large for a recording in it."""
+    answer = server.http.post("/v1/audio/speech", json={**GOOD, "input": "a" * (megabytes << 20)})
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_huge_recording_is_refused(server: Server) -> None:
+    url = "data:audio/wav;base64," + "A" * (14 << 20)
+    answer = server.http.post("/v1/audio/speech", json={**GOOD, "ref_audio": url})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["param"] == "ref_audio"
 
 
 @pytest.mark.parametrize(
@@ -107,7 +143,7 @@ def test_unspeakable_stretch_inside_a_text_is_passed_over(server: Server) -> Non
 
 
 def test_huge_body_without_a_length_is_refused_as_it_comes(server: Server) -> None:
-    parts = (b"a" * 65536 for _ in range(64))
+    parts = (b"a" * 65536 for _ in range(256))
     headers = {"content-type": "application/json"}
     answer = server.http.post("/v1/audio/speech", content=parts, headers=headers)
     assert answer.status_code == 413

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import io
+import json
 import threading
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import av
 import httpx
@@ -170,6 +173,65 @@ def test_failure_after_the_first_audio_cuts_the_body(server: Server) -> None:
             answer.read()
 
 
+def events(answer: httpx.Response) -> list[dict[str, Any]]:
+    """What a body of server-sent events holds, as far as it came."""
+    found = []
+    with contextlib.suppress(httpx.RemoteProtocolError):
+        for line in answer.iter_lines():
+            if line:
+                assert line.startswith("data: ")
+                found.append(json.loads(line.removeprefix("data: ")))
+    return found
+
+
+@pytest.mark.parametrize("audio_format", FORMATS)
+def test_events_carry_the_slices_of_one_stream(server: Server, audio_format: str) -> None:
+    body = {"model": "tone", "voice": "anna", "input": TEXT, "seed": 5, "response_format": audio_format}
+    plain = server.http.post("/v1/audio/speech", json=body)
+    with server.http.stream("POST", "/v1/audio/speech", json={**body, "stream_format": "sse"}) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *deltas, done = events(answer)
+    assert len(deltas) > 1
+    assert {delta["type"] for delta in deltas} == {"speech.audio.delta"}
+    audio = b"".join(base64.b64decode(delta["audio"]) for delta in deltas)
+    if audio_format != "opus":  # an Ogg stream has a serial number of its own
+        assert audio == plain.content
+    assert len(audio) == len(plain.content)
+    assert done == {
+        "type": "speech.audio.done",
+        "usage": {"input_tokens": len(TEXT), "output_tokens": 0, "total_tokens": len(TEXT)},
+    }
+
+
+def test_failure_after_the_first_audio_is_an_event_and_a_cut(server: Server) -> None:
+    request = {
+        "model": "tone",
+        "voice": "anna",
+        "input": "All is well. But [fail] here.",
+        "stream_format": "sse",
+        "response_format": "pcm",
+    }
+    with server.http.stream("POST", "/v1/audio/speech", json=request) as answer:
+        assert answer.status_code == 200
+        *deltas, error = events(answer)
+    assert deltas
+    assert error["type"] == "speech.audio.error"
+    assert error["error"]["code"] == "engine_error"
+    assert error["error"]["partial_audio"] is True
+    with (
+        server.http.stream("POST", "/v1/audio/speech", json=request) as answer,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        answer.read()
+
+
+def test_events_do_not_hide_an_early_failure(server: Server) -> None:
+    body = {"model": "tone", "voice": "nobody", "input": "Hi.", "stream_format": "sse"}
+    answer = server.http.post("/v1/audio/speech", json=body)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "voice_not_found"
+
+
 def test_model_alias_and_openai_model_names(server: Server) -> None:
     for model in ("quick", "tts-1", "gpt-4o-mini-tts", None):
         body = {"model": model, "voice": "anna", "input": "Hi.", "response_format": "pcm"}
@@ -180,6 +242,7 @@ def test_model_alias_and_openai_model_names(server: Server) -> None:
 def test_voice_by_id_name_alias_and_object(server: Server) -> None:
     voice_id = server.http.get("/v1/audio/voices/anna").json()["id"]
     samples = [pcm(server, seed=1, voice=voice) for voice in ("anna", voice_id, "alloy", {"id": voice_id})]
+    samples.append(pcm(server, seed=1, voice=None, speaker="anna"))
     for other in samples[1:]:
         np.testing.assert_array_equal(samples[0], other)
 
@@ -202,6 +265,10 @@ def test_request_id_is_taken_or_made(server: Server) -> None:
 def test_models_list_the_served_engines(server: Server) -> None:
     models = {model.id: model for model in server.openai.models.list()}
     assert set(models) == {*SETTINGS["engines"], "english"}
+    audio = server.http.get("/v1/audio/models").json()
+    assert {model["id"] for model in audio["models"]} == set(models)
+    assert server.http.get("/v1/models/quick").json()["id"] == "tone"
+    assert server.http.get("/v1/models/nothing").json()["error"]["code"] == "model_not_found"
     mosaic = server.http.get("/v1/models/mosaic").json()
     assert mosaic["languages"][0] == "en"
     assert "es" in mosaic["languages"]

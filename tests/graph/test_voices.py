@@ -32,9 +32,11 @@ def test_a_voice_from_enrolment_to_deletion(server: Server) -> None:
         consent="I agree that my voice is cloned.",
         ref_text="la la la",
         language="en",
+        speaker_description="Warm and slow.",
     )
     assert answer.status_code == 200, answer.text
     voice = answer.json()
+    assert voice["description"] == "Warm and slow."
     assert voice["object"] == "audio.voice"
     assert voice["id"].startswith("voice_")
     assert voice["consent"]["statement"] == "I agree that my voice is cloned."
@@ -64,6 +66,24 @@ def test_list_comes_in_pages(server: Server) -> None:
     assert len(set(seen)) == len(seen)
     for voice in ids:
         server.http.delete(f"/v1/audio/voices/{voice}")
+
+
+def test_list_is_read_by_clients_of_every_age(server: Server) -> None:
+    listed = server.http.get("/v1/audio/voices").json()
+    (anna,) = [voice for voice in listed["voices"] if voice["name"] == "anna"]
+    assert anna in listed["data"]
+    assert anna["aliases"] == ["alloy"]
+    assert "tone" in anna["engines"]
+    assert anna["status"] == "ready"
+    legacy = server.http.get("/v1/audio/voices", params={"legacy": "true"}).json()
+    assert "anna" in legacy["voices"]
+    assert legacy["data"] == listed["data"]
+
+
+def test_voices_are_made_of_recordings_only(server: Server) -> None:
+    answer = enrol(server, "dreamt", wav_bytes(noisy_tone(200.0)), type="prompt")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "type"
 
 
 def test_taken_name_is_refused_and_the_voice_stays(server: Server) -> None:
