@@ -85,6 +85,11 @@ class SpeechRequest:
     #: Unique name of this speech if its reader reports what it has taken; empty if it does not.
     speech_id: str = ""
 
+    @property
+    def owner(self) -> str:
+        """Whose voices there are for it."""
+        return self.caller.owner
+
 
 @dataclass(frozen=True, slots=True)
 class SpeechStarted:
@@ -130,6 +135,11 @@ class EnrolRequest:
     replace: bool = False
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
+
+    @property
+    def owner(self) -> str:
+        """Whose voice it will be."""
+        return self.caller.owner
 
 
 @dataclass(frozen=True, slots=True)

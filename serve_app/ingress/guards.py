@@ -47,15 +47,15 @@ class Disconnect:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the application with a ``receive`` that says "http.disconnect"."""
+        """Run the application with a ``receive`` that says "http.disconnect" or "websocket.disconnect"."""
 
         async def receive_or_disconnect() -> Message:
             try:
                 return await receive()
             except TaskCancelledError:
-                return {"type": "http.disconnect"}
+                return {"type": f"{scope['type']}.disconnect"}
 
-        await self._app(scope, receive_or_disconnect if scope["type"] == "http" else receive, send)
+        await self._app(scope, receive if scope["type"] == "lifespan" else receive_or_disconnect, send)
 
 
 class BodyLimit:

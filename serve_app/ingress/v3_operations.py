@@ -201,7 +201,8 @@ class _Watcher:
             writing.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
         for task in done:
-            error = task.exception()
+            error = None if task.cancelled() else task.exception()
+            # What a socket raises that its client has closed is no defect.
             if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError)):
                 raise error
 

@@ -514,7 +514,7 @@ def _new_voice(request: EnrolRequest) -> NewVoice:
     try:
         return NewVoice(
             name=request.name,
-            owner=request.caller.owner,
+            owner=request.owner,
             language=request.language,
             transcript=request.transcript,
             consent=Consent(statement=statement, recorded_at=int(time.time())) if statement else None,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from enum import StrEnum
 from typing import Final
 
-import obstore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ulid import ULID
 
@@ -61,7 +59,7 @@ class Announcements:
         found = []
         for announcement in await self._all():
             if announcement.is_over:
-                await self._delete(announcement.id)
+                await self._store.delete_document(_key(announcement.id))
             else:
                 found.append(announcement)
         return tuple(sorted(found, key=lambda one: (one.created_at, one.id)))
@@ -74,39 +72,25 @@ class Announcements:
         known = await self.current()
         if len(known) >= _MOST and announcement.id not in {one.id for one in known}:
             raise StorageFull(f"There are {_MOST} announcements, as many as are kept. Delete one first.")
-        blob = announcement.model_dump_json().encode()
-        async with self._store.access("announce"):
-            await obstore.put_async(self._store.objects, _key(announcement.id), blob, use_multipart=False)
+        await self._store.put_document(_key(announcement.id), announcement.model_dump_json().encode())
 
     async def remove(self, announcement_id: str) -> None:
         """Remove an announcement. Raises ``AnnouncementNotFound``."""
         if announcement_id not in {one.id for one in await self._all()}:
             raise AnnouncementNotFound("There is no such announcement. List them: GET /api/announcements.")
-        await self._delete(announcement_id)
+        await self._store.delete_document(_key(announcement_id))
 
     async def _all(self) -> list[Announcement]:
         found = []
-        async with self._store.access("list announcements"):
-            metas = await obstore.list(self._store.objects, _FOLDER).collect_async()
-            for meta in metas:
-                try:
-                    answer = await obstore.get_async(self._store.objects, meta["path"])
-                    announcement = Announcement.model_validate(json.loads(bytes(await answer.bytes_async())))
-                except FileNotFoundError:
-                    continue  # removed since it was listed
-                except (ValueError, ValidationError):
-                    _log.error("the announcement %s is damaged and left out", meta["path"])
-                    continue
-                if _key(announcement.id) == meta["path"]:
-                    found.append(announcement)
-        return found
-
-    async def _delete(self, announcement_id: str) -> None:
-        async with self._store.access("remove an announcement"):
+        for key, blob in (await self._store.documents(_FOLDER)).items():
             try:
-                await obstore.delete_async(self._store.objects, _key(announcement_id))
-            except FileNotFoundError:
-                return  # somebody else was first
+                announcement = Announcement.model_validate_json(blob)
+            except ValidationError:
+                _log.error("the announcement %s is damaged and left out", key)
+                continue
+            if _key(announcement.id) == key:
+                found.append(announcement)
+        return found
 
 
 def _key(announcement_id: str) -> str:
