@@ -6,6 +6,7 @@ do, and named in ``X-Ignored-Fields``.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
@@ -61,8 +62,10 @@ class SpeechBody(BaseModel):
     @property
     def ignored_fields(self) -> list[str]:
         """Names of fields that change nothing."""
-        unknown = [name for name in (self.model_extra or {}) if name.isidentifier() and name.isascii()]
-        return [*sorted(unknown), *(["instructions"] if self.instructions else [])]
+        unknown = [
+            name for name in self.model_extra or {} if re.fullmatch(r"[A-Za-z_]\w{,39}", name, re.ASCII)
+        ]
+        return [*sorted(unknown)[:20], *(["instructions"] if self.instructions else [])]
 
 
 def routes(router: RouterHandle, callers: Callers) -> APIRouter:
