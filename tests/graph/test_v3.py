@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from socket import SHUT_RDWR
 from typing import Any
 
 import httpx
@@ -276,11 +277,10 @@ def test_ws_needs_a_known_caller_and_a_page_of_this_server(server: Server) -> No
 
 
 def test_ws_lets_go_of_clients_that_leave(server: Server) -> None:
-    for _ in range(3):
-        sockets = [connect(server.url.replace("http", "ws") + "/ws", open_timeout=30) for _ in range(10)]
-        for socket in sockets:
+    for _ in range(20):
+        with watching(server) as socket:
             socket.recv(timeout=30)
             # Without a goodbye.
-            socket.socket.close()
+            socket.socket.shutdown(SHUT_RDWR)
     with watching(server) as socket:
         hear(socket, of_type("system_status"))
