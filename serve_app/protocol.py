@@ -97,6 +97,11 @@ class SpeechRequest:
     #: Speak like this recording instead of an enrolled voice.
     reference: OneShotReference | None = None
 
+    @property
+    def owner(self) -> str:
+        """Whose voices there are for it."""
+        return self.caller.owner
+
 
 @dataclass(frozen=True, slots=True)
 class SpeechStarted:
@@ -145,6 +150,11 @@ class EnrolRequest:
     replace: bool = False
     request_id: str = ""
     caller: Caller = field(default_factory=Caller)
+
+    @property
+    def owner(self) -> str:
+        """Whose voice it will be."""
+        return self.caller.owner
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,8 +103,9 @@ class Access:
         try:
             self._check(scope)
         except VoiceCloneError as error:
-            if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
-                # Before it is accepted this is a 403 to the client.
+            if scope["type"] == "websocket":
+                # Closed before it is accepted: a 403 to the client. An answer with a body is what uvicorn can
+                # send too, but it logs an error of its own after it.
                 await send({"type": "websocket.close", "code": 1008, "reason": error.code})
             else:
                 await error_response(scope, error)(scope, receive, send)

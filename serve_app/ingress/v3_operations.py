@@ -201,7 +201,8 @@ class _Watcher:
             writing.cancel()
             await asyncio.gather(reading, writing, return_exceptions=True)
         for task in done:
-            error = task.exception()
+            error = None if task.cancelled() else task.exception()
+            # What a socket raises that its client has closed is no defect.
             if error is not None and not isinstance(error, (WebSocketDisconnect, RuntimeError)):
                 raise error
 
@@ -231,7 +232,12 @@ class _Watcher:
                 status_due_s = time.monotonic() + _STATUS_EVERY_S
                 await self._send_status(socket)
             try:
-                now = {node.node_id: node for node in await self._fleet.nodes()}
+                # An engine in standby is no node that could come or go.
+                now = {
+                    node.node_id: node
+                    for node in await self._fleet.nodes()
+                    if node.status is not NodeStatus.STANDBY
+                }
                 current = await self._router.announcements()
                 mine = {one.request_id: one for one in await self._router.batches(caller)}
             except VoiceCloneError:

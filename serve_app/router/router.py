@@ -140,7 +140,7 @@ class Router:
             shared_ids=settings.voices.shared_ids,
             max_per_owner=settings.voices.max_per_owner,
         )
-        self._announcements = Announcements(self._store.objects)
+        self._announcements = Announcements(self._store)
         self._reader = ReferenceReader(settings.voices.reference)
         self._consents = Consents(self._store, self._reader)
         self._sweeping = asyncio.create_task(self._sweep())
@@ -599,7 +599,7 @@ def _new_voice(request: EnrolRequest, consent: Consent | None) -> NewVoice:
     try:
         return NewVoice(
             name=request.name,
-            owner=request.caller.owner,
+            owner=request.owner,
             language=request.language,
             transcript=request.transcript,
             description=request.description,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from enum import StrEnum
 from typing import Final
 
-import obstore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ulid import ULID
 
 from serve_app.errors import AnnouncementNotFound, StorageFull
-from serve_app.voices.object_access import ObjectAccess
+from serve_app.voices.store import VoiceStore
 
 _log = logging.getLogger(__name__)
 
@@ -50,15 +48,18 @@ class Announcement(BaseModel):
         return self.expires_at is not None and time.time() > self.expires_at
 
 
-class Announcements(ObjectAccess):
+class Announcements:
     """Announcements on the object store of the voices. All methods raise what the store does."""
+
+    def __init__(self, store: VoiceStore) -> None:
+        self._store = store
 
     async def current(self) -> tuple[Announcement, ...]:
         """Those that are not over, oldest first. One that cannot be read is logged and left out."""
         found = []
         for announcement in await self._all():
             if announcement.is_over:
-                await self._delete(announcement.id)
+                await self._store.delete_document(_key(announcement.id))
             else:
                 found.append(announcement)
         return tuple(sorted(found, key=lambda one: (one.created_at, one.id)))
@@ -71,39 +72,25 @@ class Announcements(ObjectAccess):
         known = await self.current()
         if len(known) >= _MOST and announcement.id not in {one.id for one in known}:
             raise StorageFull(f"There are {_MOST} announcements, as many as are kept. Delete one first.")
-        blob = announcement.model_dump_json().encode()
-        async with self.access("announce"):
-            await self._put(_key(announcement.id), blob, mode="overwrite")
+        await self._store.put_document(_key(announcement.id), announcement.model_dump_json().encode())
 
     async def remove(self, announcement_id: str) -> None:
         """Remove an announcement. Raises ``AnnouncementNotFound``."""
         if announcement_id not in {one.id for one in await self._all()}:
             raise AnnouncementNotFound("There is no such announcement. List them: GET /api/announcements.")
-        await self._delete(announcement_id)
+        await self._store.delete_document(_key(announcement_id))
 
     async def _all(self) -> list[Announcement]:
         found = []
-        async with self.access("list announcements"):
-            metas = await obstore.list(self._store, _FOLDER).collect_async()
-            for meta in metas:
-                try:
-                    answer = await obstore.get_async(self._store, meta["path"])
-                    announcement = Announcement.model_validate(json.loads(bytes(await answer.bytes_async())))
-                except FileNotFoundError:
-                    continue  # removed since it was listed
-                except (ValueError, ValidationError):
-                    _log.error("the announcement %s is damaged and left out", meta["path"])
-                    continue
-                if _key(announcement.id) == meta["path"]:
-                    found.append(announcement)
-        return found
-
-    async def _delete(self, announcement_id: str) -> None:
-        async with self.access("remove an announcement"):
+        for key, blob in (await self._store.documents(_FOLDER)).items():
             try:
-                await obstore.delete_async(self._store, _key(announcement_id))
-            except FileNotFoundError:
-                return  # somebody else was first
+                announcement = Announcement.model_validate_json(blob)
+            except ValidationError:
+                _log.error("the announcement %s is damaged and left out", key)
+                continue
+            if _key(announcement.id) == key:
+                found.append(announcement)
+        return found
 
 
 def _key(announcement_id: str) -> str:

@@ -80,7 +80,7 @@ class ConsentStore(ObjectAccess):
             fingerprint=recording.fingerprint,
         )
         place = _place(owner, consent.id)
-        async with self.access("keep a consent"):
+        async with self._access("keep a consent"):
             try:
                 await self._put(f"{place}/recording.flac", recording.flac, mode="create")
                 await self._put(f"{place}/record.json", _bytes(consent), mode="create")
@@ -93,7 +93,7 @@ class ConsentStore(ObjectAccess):
         """The consent of that id. Raises ``ConsentNotFound``, for those of other owners too."""
         blob = None
         if is_consent_id(consent_id) and is_owner(owner):
-            async with self.access("read a consent"):
+            async with self._access("read a consent"):
                 blob = await self._get(f"{_place(owner, consent_id)}/record.json")
         if blob is None:
             raise ConsentNotFound(
@@ -105,7 +105,7 @@ class ConsentStore(ObjectAccess):
         """Give a consent another name."""
         old = await self.get(consent_id, owner)
         consent = VoiceConsent.model_validate({**old.model_dump(), "name": name})
-        async with self.access("rename a consent"):
+        async with self._access("rename a consent"):
             await self._put(f"{_place(owner, consent_id)}/record.json", _bytes(consent), mode="overwrite")
         return consent
 
@@ -113,7 +113,7 @@ class ConsentStore(ObjectAccess):
         """Up to ``limit`` consents of ``owner``, oldest first, beginning after the id ``after``."""
         if not is_owner(owner):
             return ConsentPage((), has_more=False)
-        async with self.access("list consents"):
+        async with self._access("list consents"):
             found = await self._list(f"consents/{owner}")
             ids = sorted(_id_of(meta) for meta in found if meta["path"].endswith("/record.json"))
             rest = [consent_id for consent_id in ids if after is None or consent_id > after]
@@ -128,7 +128,7 @@ class ConsentStore(ObjectAccess):
         """Remove a consent. Voices that were enrolled with it keep what was noted then."""
         consent = await self.get(consent_id, owner)
         place = _place(owner, consent_id)
-        async with self.access("delete a consent"):
+        async with self._access("delete a consent"):
             with suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, f"{place}/record.json")
             await self._remove(place)
@@ -138,7 +138,7 @@ class ConsentStore(ObjectAccess):
         """Remove recordings that have been without a record for ``grace_s`` seconds; says which."""
         before = time.time() - grace_s
         removed = []
-        async with self.access("sweep consents"):
+        async with self._access("sweep consents"):
             found = await self._list("consents")
             whole = {_id_of(meta) for meta in found if meta["path"].endswith("/record.json")}
             for meta in found:

@@ -36,7 +36,7 @@ class ObjectAccess:
         return self._store
 
     @asynccontextmanager
-    async def access(self, what: str) -> AsyncIterator[None]:
+    async def _access(self, what: str) -> AsyncIterator[None]:
         """Turn what the object store raises into our errors; details go to the log, not to the client."""
         try:
             yield

@@ -173,15 +173,27 @@ class VoiceStore(ObjectAccess):
             raise StoreNotUsable(_operator_sentence(place, error)) from error
         self._checked = True
 
-    @property
-    def objects(self) -> ObjectStore:
-        """The object store below, for what is kept beside the voices. Use it within ``access``."""
-        return self._store
+    async def documents(self, folder: str) -> dict[str, bytes]:
+        """All small documents of a folder beside the voices, by their keys."""
+        async with self._access("read"):
+            keys = [meta["path"] for meta in await self._list(folder)]
+            return {key: blob for key in keys if (blob := await self._get(key)) is not None}
+
+    async def put_document(self, key: str, blob: bytes) -> None:
+        """Keep a small document beside the voices; one of the same key is replaced."""
+        async with self._access("write"):
+            await self._put(key, blob, mode="overwrite")
+
+    async def delete_document(self, key: str) -> None:
+        """Remove a document; it may be gone already."""
+        async with self._access("delete"):
+            with suppress(FileNotFoundError):
+                await obstore.delete_async(self._store, key)
 
     async def create(self, new: NewVoice, reference: CheckedReference) -> Voice:
         """Enrol a voice. Raises ``VoiceExists`` if its owner has one of that name."""
         key = _record_key(new.owner, new.name)
-        async with self.access("enrol"):
+        async with self._access("enrol"):
             await self._ensure_reachable()
             if await self._meta(key) is not None:
                 raise _exists()
@@ -205,7 +217,7 @@ class VoiceStore(ObjectAccess):
         ``sweep`` for those who still read them.
         """
         key = _record_key(new.owner, new.name)
-        async with self.access("replace"):
+        async with self._access("replace"):
             await self._ensure_reachable()
             damaged = False
             old = None
@@ -234,7 +246,7 @@ class VoiceStore(ObjectAccess):
 
     async def get(self, id_or_name: str, owner: str = PUBLIC) -> Voice:
         """The voice of that id or name. Raises ``VoiceNotFound``, for voices of other owners too."""
-        async with self.access("read"):
+        async with self._access("read"):
             key = await self._locate(id_or_name, owner)
             voice = None if key is None else await self._read_record(key)
             if voice is None or (is_voice_id(id_or_name) and voice.id != id_or_name):
@@ -244,7 +256,7 @@ class VoiceStore(ObjectAccess):
 
     async def owner_of(self, voice_id: str) -> str:
         """Whose voice that is. Raises ``VoiceNotFound``."""
-        async with self.access("read"):
+        async with self._access("read"):
             blob = await self._get(_pointer(voice_id)) if is_voice_id(voice_id) else None
             key = "" if blob is None else blob.decode("ascii", "replace")
             if not _RECORD_KEY.fullmatch(key):
@@ -269,7 +281,7 @@ class VoiceStore(ObjectAccess):
             owners = (owners,)
         prefixes = ["records"] if owners is None else [f"records/{one}" for one in owners if is_owner(one)]
         found: dict[str, Voice] = {}
-        async with self.access("list"):
+        async with self._access("list"):
             for prefix in prefixes:
                 metas = await self._list(prefix)
                 for voice in await self._read_records(metas, scope=f"{prefix}/"):
@@ -284,7 +296,7 @@ class VoiceStore(ObjectAccess):
 
     async def count(self, owner: str) -> int:
         """How many voices ``owner`` has, damaged ones included."""
-        async with self.access("list"):
+        async with self._access("list"):
             return len(await self._list(f"records/{owner}")) if is_owner(owner) else 0
 
     async def delete(self, id_or_name: str, owner: str = PUBLIC) -> Voice | None:
@@ -292,7 +304,7 @@ class VoiceStore(ObjectAccess):
 
         Gives what was removed, None if its record was damaged. Raises ``VoiceNotFound``.
         """
-        async with self.access("delete"):
+        async with self._access("delete"):
             key = await self._locate(id_or_name, owner)
             if key is None:
                 await self._ensure_reachable()
@@ -323,7 +335,7 @@ class VoiceStore(ObjectAccess):
         Raises ``VoiceNotFound`` if the voice was deleted meanwhile, ``StoreUnavailable`` if the recording is
         damaged.
         """
-        async with self.access("read"):
+        async with self._access("read"):
             blob = await self._get(f"{_blobs(voice)}/reference.flac")
             if blob is None:
                 await self._ensure_reachable()
@@ -336,7 +348,7 @@ class VoiceStore(ObjectAccess):
 
     async def conditioning(self, voice: Voice, engine: str, weights_fingerprint: str) -> Conditioning | None:
         """What ``put_conditioning`` stored for this recording, engine and weights; None if nothing fits."""
-        async with self.access("read"):
+        async with self._access("read"):
             blob = await self._get(_conditioning_key(voice, engine, weights_fingerprint))
         if blob is None:
             return None
@@ -352,7 +364,7 @@ class VoiceStore(ObjectAccess):
         """Keep ``conditioning`` with the recording it was computed from."""
         blob = await asyncio.to_thread(conditioning.to_bytes)
         key = _conditioning_key(voice, conditioning.engine, conditioning.weights_fingerprint)
-        async with self.access("write"):
+        async with self._access("write"):
             await self._put(key, blob, mode="overwrite")
 
     async def sweep(self, *, grace_s: float = 3600.0) -> SweepReport:
@@ -363,7 +375,7 @@ class VoiceStore(ObjectAccess):
         """
         report = SweepReport()
         before = time.time() - grace_s
-        async with self.access("sweep"):
+        async with self._access("sweep"):
             # Blobs first: a voice enrolled between the two listings is then seen as a record.
             blobs = [*await self._list("voices"), *await self._list("probes")]
             metas = await self._list("records")
