@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
-from serve_app.ingress import consents, openai, ops, stream, v3, voices
+from serve_app.ingress import consents, elevenlabs, openai, ops, stream, v3, voices, xtts_server
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.data_url import encoded_length
 from serve_app.ingress.guards import BodyLimit, Disconnect, RequestId
@@ -28,6 +28,8 @@ def build_api(router: RouterHandle, settings: Settings) -> FastAPI:
     api.include_router(stream.routes(router, callers, settings))
     api.include_router(voices.routes(router, callers, settings))
     api.include_router(consents.routes(router, callers))
+    api.include_router(elevenlabs.routes(router, callers, settings))
+    api.include_router(xtts_server.routes(router, callers))
     api.include_router(v3.routes(router, callers))
     api.include_router(ops.routes(router))
     max_upload_bytes = settings.voices.reference.max_upload_bytes

@@ -2,6 +2,8 @@
 
 - OpenAI and everything else: ``application/problem+json`` (RFC 9457) with the OpenAI ``error`` member.
 - v3 (``/api/``): ``{"success": false, "message", "error", "code"}`` with real status codes.
+- ElevenLabs: ``{"detail": {"status", "message"}}``, ``status`` being our code.
+- XTTS servers: ``{"detail": message}``.
 """
 
 from __future__ import annotations
@@ -46,6 +48,10 @@ _V3_CODES_BY_STATUS = {
 }
 
 
+_ELEVENLABS = ("/v1/text-to-speech", "/v1/voices", "/v2/voices")
+_XTTS_SERVER = ("/tts_to_audio", "/tts_stream", "/speakers", "/languages", "/set_tts_settings")
+
+
 def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
     """The response for ``error`` in the dialect of the path."""
     request_id = scope.get("state", {}).get("request_id", "")
@@ -61,6 +67,11 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
         code = _V3_CODES.get(error.code) or _V3_CODES_BY_STATUS.get(error.status, default)
         body = {"success": False, "message": error.message, "error": error.message, "code": code}
         return JSONResponse(body, error.status, headers)
+    if scope["path"].startswith(_ELEVENLABS):
+        detail = {"status": error.code, "message": error.message, "param": error.param}
+        return JSONResponse({"detail": detail}, error.status, headers)
+    if scope["path"].startswith(_XTTS_SERVER):
+        return JSONResponse({"detail": error.message}, error.status, headers)
     return JSONResponse(
         {
             "type": f"urn:voice-clone-tts:error:{error.code}",

@@ -56,7 +56,11 @@ class Spoken:
 
 
 async def speak_whole(
-    router: RouterHandle, request: SpeechRequest, audio_format: AudioFormat, sample_rate_hz: int | None
+    router: RouterHandle,
+    request: SpeechRequest,
+    audio_format: AudioFormat,
+    sample_rate_hz: int | None,
+    bits_per_second: int | None = None,
 ) -> Spoken:
     """Speak ``request`` and wait for all of it."""
     started, frames = await begin(router, request)
@@ -64,7 +68,7 @@ async def speak_whole(
         parts = [frame.samples async for frame in frames if isinstance(frame, AudioFrame)]
     samples = np.concatenate(parts)
     body = await asyncio.to_thread(
-        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz=sample_rate_hz
+        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz, bits_per_second
     )
     return Spoken(started, body, round(1000 * len(samples) / started.sample_rate_hz))
 
@@ -78,18 +82,24 @@ async def speech_response(
     stream: bool,
     headers: Mapping[str, str],
     events: bool = False,
+    bits_per_second: int | None = None,
 ) -> Response:
     """Speak ``request``; raises its ``VoiceCloneError`` if it fails before the first audio.
 
     ``events`` sends a stream as server-sent events.
     """
     if not stream:
-        spoken = await speak_whole(router, request, audio_format, sample_rate_hz)
+        spoken = await speak_whole(router, request, audio_format, sample_rate_hz, bits_per_second)
         facts = {**_facts(spoken.started), "X-Audio-Duration-Ms": str(spoken.duration_ms)}
         return Response(spoken.body, headers={**headers, **facts}, media_type=audio_format.media_type)
     started, frames = await begin(router, request)
     try:
-        encoder = StreamEncoder(audio_format, started.sample_rate_hz, sample_rate_hz=sample_rate_hz)
+        encoder = StreamEncoder(
+            audio_format,
+            started.sample_rate_hz,
+            sample_rate_hz=sample_rate_hz,
+            bits_per_second=bits_per_second,
+        )
     except BaseException:
         await frames.aclose()
         raise

@@ -11,6 +11,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from serve_app.ingress.data_url import encoded_length
+from tests.graph.clients import shows
 from tests.graph.conftest import Server, activity, eventually, router_activity
 from tests.graph.test_one_shot import data_url
 from tests.speech import noisy_tone, wav_bytes
@@ -47,6 +48,7 @@ def receive(socket: ClientConnection, until: str) -> tuple[list[dict[str, Any]],
     return messages, audio
 
 
+@shows("vLLM-Omni's clients", "live WebSocket")
 def test_the_first_sentence_is_heard_before_the_last_is_written(server: Server) -> None:
     with open_session(server) as socket:
         configure(socket)
