@@ -54,6 +54,7 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
             stream=body.stream,
             headers=headers,
             events=body.stream_format == "sse",
+            timestamps=body.timestamps,
         )
 
     @api.post("/v1/audio/speech/batch")

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, Str
 from serve_app.audio.encode import AudioFormat
 from serve_app.errors import ConflictingFields, MissingField
 from serve_app.ingress.data_url import audio_of
+from serve_app.ingress.timestamps import Timestamps
 from serve_app.protocol import Caller, OneShotReference, Priority, SpeechRequest
 
 
@@ -130,10 +131,21 @@ class SpeechBody(SpeechOptions):
     stream_format: Literal["audio", "sse"] = Field(
         default="audio", description="'sse' sends the audio as server-sent events with base64."
     )
+    timestamps: Timestamps | None = Field(
+        default=None,
+        description="Say when each sentence is heard. The answer is then JSON with the whole audio in it, or "
+        "there is an event for each sentence.",
+    )
 
     def check(self) -> None:
-        """Also raise ``ConflictingFields`` for events that are not to be streamed."""
+        """Also raise ``ConflictingFields`` for events that are not to be streamed, or have no file in them."""
         super().check()
+        if self.stream_format == "sse" and self.timestamps not in (None, Timestamps.JSON):
+            raise ConflictingFields(
+                "Subtitles are a whole file, which events do not carry. Ask for timestamps 'json', or for "
+                "stream_format 'audio'.",
+                param="timestamps",
+            )
         if self.stream_format == "sse" and not self.stream:
             raise ConflictingFields(
                 "stream_format 'sse' is a stream. Leave out 'stream', or ask for stream_format 'audio'.",
