@@ -138,7 +138,7 @@ class SpeechBody(SpeechOptions):
     )
 
     def check(self) -> None:
-        """Also raise ``ConflictingFields`` for events that are not to be streamed, or have no file in them."""
+        """Also raise ``ConflictingFields`` for events that are not streamed, or that cannot carry a file."""
         super().check()
         if self.stream_format == "sse" and self.timestamps not in (None, Timestamps.JSON):
             raise ConflictingFields(

@@ -1,8 +1,8 @@
 """When each sentence is heard: as JSON, and as subtitles in SRT and WebVTT.
 
-An utterance, mostly a sentence, is the unit of synthesis, so its place in the audio is known to the sample and
-nothing has to be aligned. Pauses that the engine makes belong to the utterance they follow or precede. Words
-are not timed.
+An utterance, mostly a sentence, is the unit of synthesis, so its place in the audio is known to the sample
+and nothing has to be aligned. Pauses that the engine makes belong to the utterance they follow or precede.
+Words are not timed.
 """
 
 from __future__ import annotations
