@@ -21,6 +21,7 @@ from serve_app.errors import ModelNotFound, UnsupportedFormat, UnsupportedOption
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
+from serve_app.ingress.speech_body import printable
 from serve_app.protocol import EngineFacts, EnrolRequest, Priority, SpeechRequest
 from serve_app.voices.voice import Voice
 
@@ -54,8 +55,7 @@ class TextToSpeechBody(BaseModel):
         """Names of fields that change nothing."""
         mine = self.model_extra or {}
         settings = (self.voice_settings.model_extra or {}) if self.voice_settings else {}
-        names = [*mine, *(f"voice_settings.{name}" for name in settings)]
-        return sorted(name for name in names if name.isascii() and name.replace(".", "").isidentifier())
+        return printable([*mine, *(f"voice_settings.{name}" for name in settings)])
 
 
 def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRouter:

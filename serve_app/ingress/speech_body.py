@@ -7,6 +7,8 @@ are ignored, as OpenAI's servers do, and named to the client.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -16,6 +18,15 @@ from serve_app.errors import ConflictingFields, MissingField
 from serve_app.ingress.data_url import audio_of
 from serve_app.ingress.timestamps import Timestamps
 from serve_app.protocol import Caller, OneShotReference, Priority, SpeechRequest
+
+
+_NAME = re.compile(r"[A-Za-z_][\w.]{,39}", re.ASCII)
+_MOST_NAMES = 20
+
+
+def printable(names: Iterable[str]) -> list[str]:
+    """Of names that a client made up, those that fit into a header."""
+    return sorted(name for name in names if _NAME.fullmatch(name))[:_MOST_NAMES]
 
 
 class VoiceReference(BaseModel):
@@ -69,12 +80,14 @@ class SpeechOptions(BaseModel):
     @property
     def ignored_fields(self) -> list[str]:
         """Names of fields that change nothing."""
-        unknown = [name for name in (self.model_extra or {}) if name.isidentifier() and name.isascii()]
         known = {
             "instructions": bool(self.instructions),
             "voice": self.ref_audio is not None and self.voice is not None,
         }
-        return [*sorted(unknown), *(name for name, ignored in known.items() if ignored)]
+        return [
+            *printable(self.model_extra or {}),
+            *(name for name, ignored in known.items() if ignored),
+        ]
 
     def check(self) -> None:
         """Raise ``MissingField`` or ``ConflictingFields`` for what the fields say together."""
