@@ -19,7 +19,6 @@ from serve_app.ingress.data_url import audio_of
 from serve_app.ingress.timestamps import Timestamps
 from serve_app.protocol import Caller, OneShotReference, Priority, SpeechRequest
 
-
 _NAME = re.compile(r"[A-Za-z_][\w.]{,39}", re.ASCII)
 _MOST_NAMES = 20
 
