@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from socket import SHUT_RDWR
 from typing import Any
 
 import httpx
@@ -98,20 +99,16 @@ def test_interrupt_frees_the_engine_and_the_session_goes_on(server: Server) -> N
 
 @pytest.mark.parametrize("politely", [True, False], ids=["close frame", "cut"])
 def test_leaving_frees_the_engine(server: Server, politely: bool) -> None:
-    socket = open_session(server)
-    configure(socket, model="slow")
-    tell(socket, "input.text", text="word " * 40)
-    tell(socket, "input.done")
-    receive(socket, "audio.start")
-    if politely:
-        socket.close()
-    else:
-        socket.socket.shutdown(2)
+    with open_session(server) as socket:
+        configure(socket, model="slow")
+        tell(socket, "input.text", text="word " * 40)
+        tell(socket, "input.done")
+        receive(socket, "audio.start")
+        assert activity("slow")[0].rows_open == 1
+        if not politely:
+            socket.socket.shutdown(SHUT_RDWR)
     eventually(lambda: activity("slow")[0].rows_open == 0)
     eventually(lambda: router_activity().requests == 0)
-    assert activity("slow")[0].rows_open == 0
-    if not politely:
-        socket.close()
 
 
 def test_a_session_speaks_like_a_recording_of_its_own(server: Server) -> None:
