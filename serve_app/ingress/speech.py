@@ -25,6 +25,7 @@ import numpy as np
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from engines.contract import Samples
 from serve_app.audio.encode import AudioFormat, StreamEncoder, encode_whole
 from serve_app.errors import EngineFailed, VoiceCloneError
 from serve_app.handle import RouterHandle
@@ -77,7 +78,8 @@ async def speak_whole(
     """Speak ``request`` and wait for all of it."""
     started, frames = await begin(router, request)
     clock = SentenceClock(started)
-    parts, sentences = [], []
+    parts: list[Samples] = []
+    sentences: list[TimedText] = []
     async with aclosing(frames):
         async for frame in frames:
             if isinstance(frame, AudioFrame):

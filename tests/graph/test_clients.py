@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from importlib import import_module
+from typing import Any, Literal, get_args
 
 import av
 import httpx
@@ -21,7 +22,8 @@ from tests.graph.conftest import Server
 from tests.speech import noisy_tone, read_audio, wav_bytes
 
 TEXT = "The birch canoe slid on the smooth planks."
-FORMATS = ("mp3", "opus", "aac", "flac", "wav", "pcm")
+Format = Literal["mp3", "opus", "aac", "flac", "wav", "pcm"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 def seconds_of(data: bytes) -> tuple[float, int]:
@@ -79,8 +81,8 @@ def test_openai_custom_voice(server: Server) -> None:
 
 @shows("LiveKit (openai plugin)", "speech as events, and plain for tts-1")
 def test_livekit(server: Server) -> None:
-    body = {"input": TEXT, "model": "gpt-4o-mini-tts", "voice": "alloy", "response_format": "mp3"}
-    body |= {"speed": 1.0, "instructions": "Speak warmly.", "stream_format": "sse"}  # type: ignore[dict-item]
+    body: dict[str, Any] = {"input": TEXT, "model": "gpt-4o-mini-tts", "voice": "alloy"}
+    body |= {"response_format": "mp3", "speed": 1.0, "instructions": "Warmly.", "stream_format": "sse"}
     audio = b""
     with server.http.stream("POST", "/v1/audio/speech", json=body, timeout=30) as answer:
         # The media type decides how it reads the body.
@@ -104,8 +106,9 @@ def test_livekit(server: Server) -> None:
 async def test_pipecat(server: Server) -> None:
     """It calls OpenAI's library so, and catches nothing but ``BadRequestError``."""
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-        parameters = {"model": "gpt-4o-mini-tts", "voice": "alloy", "response_format": "pcm", "input": TEXT}
-        async with client.audio.speech.with_streaming_response.create(**parameters) as answer:  # type: ignore[call-overload]
+        parameters: dict[str, Any] = {"model": "gpt-4o-mini-tts", "voice": "alloy"}
+        parameters |= {"response_format": "pcm", "input": TEXT}
+        async with client.audio.speech.with_streaming_response.create(**parameters) as answer:
             assert answer.status_code == 200
             pcm = b"".join([part async for part in answer.iter_bytes(4096)])
         whole = server.http.post(
@@ -113,9 +116,7 @@ async def test_pipecat(server: Server) -> None:
         )
         assert len(pcm) / 2 / 24_000 == pytest.approx(seconds_of(whole.content)[0], abs=0.05)
         with pytest.raises(openai.BadRequestError):
-            async with client.audio.speech.with_streaming_response.create(  # type: ignore[call-overload]
-                **{**parameters, "speed": 9}
-            ):
+            async with client.audio.speech.with_streaming_response.create(**{**parameters, "speed": 9}):
                 pass
 
 
@@ -289,7 +290,12 @@ def test_elevenlabs_errors(
 def test_sillytavern_xtts(server: Server) -> None:
     speakers = server.http.get("/speakers").json()
     (anna,) = [speaker for speaker in speakers if speaker["name"] == "anna"]
-    sliders = {"temperature": 0.75, "speed": 1, "length_penalty": 1.0, "repetition_penalty": 5.0}
+    sliders: dict[str, Any] = {
+        "temperature": 0.75,
+        "speed": 1,
+        "length_penalty": 1.0,
+        "repetition_penalty": 5.0,
+    }
     sliders |= {"top_p": 0.85, "top_k": 50, "enable_text_splitting": True, "stream_chunk_size": "100"}
     assert server.http.post("/set_tts_settings", json=sliders).status_code == 200
     speech = {"text": TEXT, "speaker_wav": anna["voice_id"], "language": "en"}

@@ -23,7 +23,8 @@ WORDS = "The birch canoe slid on the smooth planks. It is easy to tell the depth
 def open_session(server: Server, **options: Any) -> ClientConnection:
     """A socket, not configured yet."""
     url = server.url.replace("http://", "ws://")
-    return connect(f"{url}/v1/audio/speech/stream", max_size=None, **options)
+    socket: ClientConnection = connect(f"{url}/v1/audio/speech/stream", max_size=None, **options)
+    return socket
 
 
 def tell(socket: ClientConnection, kind: str, **fields: object) -> None:

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from serve_app.config import ApiKey, Settings
+from serve_app.config import ApiKey, Settings, Settings
 from serve_app.ingress import openai
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import Caller, Priority, SpeechRequest
@@ -167,7 +167,7 @@ def test_priority(authorization: str, body: dict[str, str], priority: Priority) 
 
     api = FastAPI()
     router: Any = Router()
-    api.include_router(openai.routes(router, Callers(KEYS, [])))
+    api.include_router(openai.routes(router, Callers(KEYS, []), Settings()))
 
     @api.middleware("http")
     async def request_id(request: Any, call_next: Any) -> Any:
