@@ -106,6 +106,16 @@ class RouterHandle:
         """The voices there are for ``caller``, in order of enrolment, and behind them those of engines."""
         return await self._call("voices", VoicePage, caller, limit, after)
 
+    async def all_voices(self, caller: Caller) -> list[Voice | BuiltInVoice]:
+        """As ``voices``, without an end."""
+        found: list[Voice | BuiltInVoice] = []
+        more = True
+        while more:
+            page = await self.voices(caller, 1000, found[-1].id if found else None)
+            found += [*page.voices, *page.built_in]
+            more = page.has_more
+        return found
+
     async def delete_voice(self, voice: str, caller: Caller) -> str:
         """Remove a voice and return its id."""
         return await self._call("delete_voice", str, voice, caller)

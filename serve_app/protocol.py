@@ -114,6 +114,8 @@ class SpeechStarted:
     sample_rate_hz: int
     seed: int
     utterances: int
+    #: What each utterance says; joined, what is spoken of the text.
+    texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,8 @@ class AudioFrame:
     """The next samples of a speech, mono float32."""
 
     samples: Samples
+    #: Index of the utterance they belong to.
+    utterance: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,7 @@ class StreamEncoder:
         *,
         sample_rate_hz: int | None = None,
         known_frames: int | None = None,
+        bits_per_second: int | None = None,
     ) -> None:
         """Prepare a response in ``audio_format``.
 
@@ -166,6 +167,7 @@ class StreamEncoder:
             known_frames: Number of samples, at ``source_rate_hz``, that will be given in all, if that is
                 known. WAV and FLAC headers then state the exact length, and the response is cut or filled
                 with silence to keep that promise.
+            bits_per_second: Of a lossy format; None takes the one in the table above.
 
         Raises:
             InvalidValue: The format cannot carry ``sample_rate_hz``.
@@ -186,7 +188,9 @@ class StreamEncoder:
         self._header_due = audio_format is AudioFormat.WAV
         self._sink = _Sink()
         self._muxer = (
-            _Muxer(audio_format, self.sample_rate_hz, self._sink) if audio_format in _CODECS else None
+            _Muxer(audio_format, self.sample_rate_hz, self._sink, bits_per_second)
+            if audio_format in _CODECS
+            else None
         )
         self._flac_header_due = audio_format is AudioFormat.FLAC and self._frames_owed is not None
 
@@ -282,7 +286,13 @@ class StreamEncoder:
 class _Muxer:
     """One PyAV encoder writing one container into a sink."""
 
-    def __init__(self, audio_format: AudioFormat, sample_rate_hz: int, sink: _Sink | io.BytesIO) -> None:
+    def __init__(
+        self,
+        audio_format: AudioFormat,
+        sample_rate_hz: int,
+        sink: _Sink | io.BytesIO,
+        bits_per_second: int | None,
+    ) -> None:
         codec = _CODECS[audio_format]
         self._rate = sample_rate_hz
         self._written = 0
@@ -296,7 +306,7 @@ class _Muxer:
         assert isinstance(stream, av.AudioStream)  # noqa: S101 - every codec in the table is audio
         self._stream = stream
         if codec.bits_per_second:
-            self._stream.bit_rate = codec.bits_per_second
+            self._stream.bit_rate = bits_per_second or codec.bits_per_second
         self._container.start_encoding()
 
     def write(self, pcm: NDArray[np.int16]) -> None:
@@ -319,6 +329,7 @@ def encode_whole(
     samples: Samples,
     source_rate_hz: int,
     sample_rate_hz: int | None = None,
+    bits_per_second: int | None = None,
 ) -> bytes:
     """Encode float32 ``samples`` of shape [n] as one complete file.
 
@@ -336,7 +347,7 @@ def encode_whole(
         if audio_format is AudioFormat.FLAC:
             soundfile.write(whole, pcm, rate, format="FLAC", subtype="PCM_16")
         else:
-            muxer = _Muxer(audio_format, rate, whole)
+            muxer = _Muxer(audio_format, rate, whole, bits_per_second)
             try:
                 if len(pcm):
                     muxer.write(pcm)
@@ -344,7 +355,11 @@ def encode_whole(
                 muxer.close()
         return whole.getvalue()
     with StreamEncoder(
-        audio_format, source_rate_hz, sample_rate_hz=sample_rate_hz, known_frames=len(samples)
+        audio_format,
+        source_rate_hz,
+        sample_rate_hz=sample_rate_hz,
+        known_frames=len(samples),
+        bits_per_second=bits_per_second,
     ) as encoder:
         return encoder.encode(samples) + encoder.finish()
 

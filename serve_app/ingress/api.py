@@ -8,7 +8,17 @@ from fastapi import FastAPI
 
 from serve_app.config import Settings
 from serve_app.handle import RouterHandle
-from serve_app.ingress import consents, openai, ops, stream, v3, v3_operations, voices
+from serve_app.ingress import (
+    consents,
+    elevenlabs,
+    openai,
+    ops,
+    stream,
+    v3,
+    v3_operations,
+    voices,
+    xtts_server,
+)
 from serve_app.ingress.access import Access
 from serve_app.ingress.browsers import SafeHeaders, add_cors
 from serve_app.ingress.callers import Callers
@@ -33,6 +43,8 @@ def build_api(router: RouterHandle, settings: Settings, fleet: Fleet | None = No
     api.include_router(stream.routes(router, callers, settings))
     api.include_router(voices.routes(router, callers, settings))
     api.include_router(consents.routes(router, callers))
+    api.include_router(elevenlabs.routes(router, callers, settings))
+    api.include_router(xtts_server.routes(router, callers))
     api.include_router(v3.routes(router, callers))
     api.include_router(v3_operations.routes(router, callers, fleet or Fleet(router, settings.engines)))
     api.include_router(ops.routes(router))

@@ -88,6 +88,7 @@ async def speak_batch(
             "voice_id": spoken.started.voice_id or None,
             "language": spoken.started.language,
             "seed": spoken.started.seed,
+            **(spoken.times(item.timestamps) if item.timestamps else {}),
         }
 
     async with asyncio.TaskGroup() as group:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 
 from serve_app.errors import TooManyAtOnce, VoiceCloneError
 from serve_app.handle import RouterHandle
-from serve_app.ingress.speech import begin
+from serve_app.ingress.speech import Frames, begin
 from serve_app.ingress.speech_body import SpeechOptions
 from serve_app.ingress.written_text import Granularity, WrittenText
-from serve_app.protocol import AudioFrame, OneShotReference, SpeechRequest, SpeechStarted
+from serve_app.protocol import OneShotReference, SpeechRequest, SpeechStarted
 
 #: Stretches of one turn that are under way at once.
 _AT_ONCE = 2
 #: Distance of the seeds of two stretches: no utterance of one gets the seed of one of the other.
 _SEED_STEP = 1 << 20
 _SEED_LIMIT = 2**63
-
-Frames = AsyncGenerator[SpeechStarted | AudioFrame, None]
 
 
 class Turn:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from serve_app.config import Settings
 from serve_app.errors import BodyTooLarge, ModelNotFound
 from serve_app.handle import RouterHandle
+from serve_app.ingress import elevenlabs
 from serve_app.ingress.batch import BatchBody, speak_batch
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
@@ -53,6 +54,7 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
             stream=body.stream,
             headers=headers,
             events=body.stream_format == "sse",
+            timestamps=body.timestamps,
         )
 
     @api.post("/v1/audio/speech/batch")
@@ -72,9 +74,11 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
     async def models() -> list[dict[str, Any]]:
         return [_model(name, facts) for name, facts in (await router.models()).items()]
 
-    @api.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The served engines."""
+    @api.get("/v1/models", response_model=None)
+    async def list_models(request: Request) -> dict[str, Any] | list[dict[str, Any]]:
+        """The served engines; to clients of ElevenLabs, whose path is the same, in their shape."""
+        if "xi-api-key" in request.headers:
+            return elevenlabs.model_list(await router.models())
         return {"object": "list", "data": await models()}
 
     @api.get("/v1/audio/models")

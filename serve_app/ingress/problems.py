@@ -2,6 +2,8 @@
 
 - OpenAI and everything else: ``application/problem+json`` (RFC 9457) with the OpenAI ``error`` member.
 - v3 (``/api/``): ``{"success": false, "message", "error", "code"}`` with real status codes.
+- ElevenLabs: ``{"detail": {"status", "message"}}``, ``status`` being our code.
+- XTTS servers: ``{"detail": message}``.
 """
 
 from __future__ import annotations
@@ -48,6 +50,10 @@ _V3_CODES_BY_STATUS = {
 }
 
 
+_ELEVENLABS = ("/v1/text-to-speech", "/v1/voices", "/v2/voices")
+_XTTS_SERVER = ("/tts_to_audio", "/tts_stream", "/speakers", "/languages", "/set_tts_settings")
+
+
 def route_path(scope: Scope) -> str:
     """The path below the place where the application is mounted."""
     path: str = scope["path"]
@@ -79,6 +85,11 @@ def error_response(scope: Scope, error: VoiceCloneError) -> JSONResponse:
             "code": v3_code(error),
         }
         return JSONResponse(body, error.status, headers)
+    if route_path(scope).startswith(_ELEVENLABS):
+        detail = {"status": error.code, "message": error.message, "param": error.param}
+        return JSONResponse({"detail": detail}, error.status, headers)
+    if route_path(scope).startswith(_XTTS_SERVER):
+        return JSONResponse({"detail": error.message}, error.status, headers)
     return JSONResponse(
         {
             "type": f"urn:voice-clone-tts:error:{error.code}",

@@ -3,6 +3,7 @@
 Server-sent events (``stream_format: sse``) carry the same encoded stream in slices::
 
     data: {"type": "speech.audio.delta", "audio": "<base64>", "response_format": "mp3"}
+    data: {"type": "speech.audio.sentence", "text": …, "start_ms": …, "end_ms": …}     if asked for
     data: {"type": "speech.audio.done", "usage": {…}}
 
 or, if it fails after the first audio, and before the connection is cut for clients that know no such event::
@@ -21,14 +22,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from engines.contract import Samples
 from serve_app.audio.encode import AudioFormat, StreamEncoder, encode_whole
 from serve_app.errors import EngineFailed, VoiceCloneError
 from serve_app.handle import RouterHandle
 from serve_app.ingress.problems import error_member
+from serve_app.ingress.timestamps import SentenceClock, TimedText, Timestamps, subtitles
 from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
+
+Frames = AsyncGenerator[SpeechStarted | AudioFrame, None]
 
 
 class AudioResponse(StreamingResponse):
@@ -53,20 +58,39 @@ class Spoken:
     started: SpeechStarted
     body: bytes
     duration_ms: int
+    sentences: tuple[TimedText, ...]
+
+    def times(self, timestamps: Timestamps) -> dict[str, Any]:
+        """When each sentence is heard, as JSON answers say it."""
+        return {
+            "sentences": [sentence.as_dict() for sentence in self.sentences],
+            "subtitles": subtitles(self.sentences, timestamps),
+        }
 
 
 async def speak_whole(
-    router: RouterHandle, request: SpeechRequest, audio_format: AudioFormat, sample_rate_hz: int | None
+    router: RouterHandle,
+    request: SpeechRequest,
+    audio_format: AudioFormat,
+    sample_rate_hz: int | None,
+    bits_per_second: int | None = None,
 ) -> Spoken:
     """Speak ``request`` and wait for all of it."""
     started, frames = await begin(router, request)
+    clock = SentenceClock(started)
+    parts: list[Samples] = []
+    sentences: list[TimedText] = []
     async with aclosing(frames):
-        parts = [frame.samples async for frame in frames if isinstance(frame, AudioFrame)]
+        async for frame in frames:
+            if isinstance(frame, AudioFrame):
+                sentences.extend(clock.heard(frame))
+                parts.append(frame.samples)
     samples = np.concatenate(parts)
     body = await asyncio.to_thread(
-        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz=sample_rate_hz
+        encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz, bits_per_second
     )
-    return Spoken(started, body, round(1000 * len(samples) / started.sample_rate_hz))
+    duration_ms = round(1000 * len(samples) / started.sample_rate_hz)
+    return Spoken(started, body, duration_ms, (*sentences, *clock.finish()))
 
 
 async def speech_response(
@@ -78,27 +102,47 @@ async def speech_response(
     stream: bool,
     headers: Mapping[str, str],
     events: bool = False,
+    timestamps: Timestamps | None = None,
+    bits_per_second: int | None = None,
 ) -> Response:
     """Speak ``request``; raises its ``VoiceCloneError`` if it fails before the first audio.
 
-    ``events`` sends a stream as server-sent events.
+    ``events`` sends a stream as server-sent events. ``timestamps`` makes JSON of everything else.
     """
+    if timestamps is not None and not events:
+        spoken = await speak_whole(router, request, audio_format, sample_rate_hz, bits_per_second)
+        return JSONResponse(
+            {
+                "object": "audio.speech",
+                "audio": base64.b64encode(spoken.body).decode(),
+                "media_type": audio_format.media_type,
+                "duration_ms": spoken.duration_ms,
+                **spoken.times(timestamps),
+                "usage": usage(request.text),
+            },
+            headers={**headers, **_facts(spoken.started)},
+        )
     if not stream:
-        spoken = await speak_whole(router, request, audio_format, sample_rate_hz)
+        spoken = await speak_whole(router, request, audio_format, sample_rate_hz, bits_per_second)
         facts = {**_facts(spoken.started), "X-Audio-Duration-Ms": str(spoken.duration_ms)}
         return Response(spoken.body, headers={**headers, **facts}, media_type=audio_format.media_type)
     started, frames = await begin(router, request)
     try:
-        encoder = StreamEncoder(audio_format, started.sample_rate_hz, sample_rate_hz=sample_rate_hz)
+        encoder = StreamEncoder(
+            audio_format,
+            started.sample_rate_hz,
+            sample_rate_hz=sample_rate_hz,
+            bits_per_second=bits_per_second,
+        )
     except BaseException:
         await frames.aclose()
         raise
     headers = {**headers, **_facts(started), "X-Accel-Buffering": "no"}
     if events:
         headers = {**headers, "Cache-Control": "no-cache"}
-        return AudioResponse(
-            _events(encoded(frames, encoder), encoder, request.text), headers, "text/event-stream"
-        )
+        clock = None if timestamps is None else SentenceClock(started)
+        body = _events(frames, encoder, request.text, clock)
+        return AudioResponse(body, headers, "text/event-stream")
     return AudioResponse(encoded(frames, encoder), headers, audio_format.media_type)
 
 
@@ -107,9 +151,7 @@ def usage(text: str) -> dict[str, int]:
     return {"input_tokens": len(text), "output_tokens": 0, "total_tokens": len(text)}
 
 
-async def begin(
-    router: RouterHandle, request: SpeechRequest
-) -> tuple[SpeechStarted, AsyncGenerator[SpeechStarted | AudioFrame, None]]:
+async def begin(router: RouterHandle, request: SpeechRequest) -> tuple[SpeechStarted, Frames]:
     """Wait for the first audio of ``request``: what speaks, and the frames, which the caller must close."""
     frames = router.speak(request)
     try:
@@ -135,9 +177,7 @@ def _facts(started: SpeechStarted) -> dict[str, str]:
     }
 
 
-async def encoded(
-    frames: AsyncGenerator[SpeechStarted | AudioFrame, None], encoder: StreamEncoder
-) -> AsyncGenerator[bytes, None]:
+async def encoded(frames: Frames, encoder: StreamEncoder) -> AsyncGenerator[bytes, None]:
     """Encoded bytes as the frames come. Closing it closes the frames, and so the engine."""
     try:
         async with aclosing(frames):
@@ -153,19 +193,35 @@ async def encoded(
 
 
 async def _events(
-    body: AsyncGenerator[bytes, None], encoder: StreamEncoder, text: str
+    frames: Frames, encoder: StreamEncoder, text: str, clock: SentenceClock | None
 ) -> AsyncGenerator[bytes, None]:
-    """``body`` as server-sent events."""
+    """Encoded bytes as server-sent events, and the sentences between them if there is a ``clock``."""
+    ended: list[TimedText] = []
+    body = encoded(_timed(frames, clock, ended) if clock else frames, encoder)
     try:
         async with aclosing(body):
             async for part in body:
+                while ended:
+                    yield _event("speech.audio.sentence", **ended.pop(0).as_dict())
                 audio = base64.b64encode(part).decode()
                 yield _event("speech.audio.delta", audio=audio, response_format=encoder.audio_format.value)
     except VoiceCloneError as error:
         member = {**error_member(error), "partial_audio": True, "action": "discard"}
         yield _event("speech.audio.error", error=member)
         raise
+    for sentence in ended:
+        yield _event("speech.audio.sentence", **sentence.as_dict())
     yield _event("speech.audio.done", usage=usage(text))
+
+
+async def _timed(frames: Frames, clock: SentenceClock, ended: list[TimedText]) -> Frames:
+    """``frames``, while the sentences that have ended are put into ``ended``."""
+    async with aclosing(frames):
+        async for frame in frames:
+            if isinstance(frame, AudioFrame):
+                ended.extend(clock.heard(frame))
+            yield frame
+    ended.extend(clock.finish())
 
 
 def _event(kind: str, **fields: Any) -> bytes:

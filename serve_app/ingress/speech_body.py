@@ -7,6 +7,8 @@ are ignored, as OpenAI's servers do, and named to the client.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, StrictInt
@@ -14,7 +16,16 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, Str
 from serve_app.audio.encode import AudioFormat
 from serve_app.errors import ConflictingFields, MissingField
 from serve_app.ingress.data_url import audio_of
+from serve_app.ingress.timestamps import Timestamps
 from serve_app.protocol import Caller, OneShotReference, Priority, SpeechRequest
+
+_NAME = re.compile(r"[A-Za-z_][\w.]{,39}", re.ASCII)
+_MOST_NAMES = 20
+
+
+def printable(names: Iterable[str]) -> list[str]:
+    """Of names that a client made up, those that fit into a header."""
+    return sorted(name for name in names if _NAME.fullmatch(name))[:_MOST_NAMES]
 
 
 class VoiceReference(BaseModel):
@@ -68,12 +79,14 @@ class SpeechOptions(BaseModel):
     @property
     def ignored_fields(self) -> list[str]:
         """Names of fields that change nothing."""
-        unknown = [name for name in (self.model_extra or {}) if name.isidentifier() and name.isascii()]
         known = {
             "instructions": bool(self.instructions),
             "voice": self.ref_audio is not None and self.voice is not None,
         }
-        return [*sorted(unknown), *(name for name, ignored in known.items() if ignored)]
+        return [
+            *printable(self.model_extra or {}),
+            *(name for name, ignored in known.items() if ignored),
+        ]
 
     def check(self) -> None:
         """Raise ``MissingField`` or ``ConflictingFields`` for what the fields say together."""
@@ -130,10 +143,21 @@ class SpeechBody(SpeechOptions):
     stream_format: Literal["audio", "sse"] = Field(
         default="audio", description="'sse' sends the audio as server-sent events with base64."
     )
+    timestamps: Timestamps | None = Field(
+        default=None,
+        description="Say when each sentence is heard. The answer is then JSON with the whole audio in it, or "
+        "there is an event for each sentence.",
+    )
 
     def check(self) -> None:
-        """Also raise ``ConflictingFields`` for events that are not to be streamed."""
+        """Also raise ``ConflictingFields`` for events that are not streamed, or that cannot carry a file."""
         super().check()
+        if self.stream_format == "sse" and self.timestamps not in (None, Timestamps.JSON):
+            raise ConflictingFields(
+                "Subtitles are a whole file, which events do not carry. Ask for timestamps 'json', or for "
+                "stream_format 'audio'.",
+                param="timestamps",
+            )
         if self.stream_format == "sse" and not self.stream:
             raise ConflictingFields(
                 "stream_format 'sse' is a stream. Leave out 'stream', or ask for stream_format 'audio'.",

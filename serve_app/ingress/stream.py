@@ -42,7 +42,7 @@ down to the engine.
 
 What is read is bounded by ``live.max_pending_chars``; what is sent, by the look-ahead of the router, which
 waits for the socket. Code of the close frame: 1000 as asked, 1008 no configuration in time or idle, 1009 a
-frame too large or too much text, 1011 a defect of ours, 1013 too many sessions.
+frame too large or too much text, 1011 a defect of ours, 1012 the server stops, 1013 too many sessions.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ from serve_app.errors import (
     InvalidValue,
     MissingField,
     Overloaded,
+    ShuttingDown,
     VoiceCloneError,
 )
 from serve_app.handle import RouterHandle
@@ -376,6 +377,8 @@ class _Live:
                 finally:
                     self._sounding = False
                 spoken += 1
+        except ShuttingDown as error:
+            raise _SessionEnds(error, 1012) from error
         except VoiceCloneError as error:
             turn.fail()
             await self._tell_error(error, utterance_index=turn.index)

@@ -294,7 +294,9 @@ class Router:
                 look_ahead_s=limits.look_ahead_s,
                 stall_timeout_s=limits.stall_timeout_s,
             )
-            started = SpeechStarted(name, voice_id, language, facts.card.sample_rate_hz, seed, len(pieces))
+            started = SpeechStarted(
+                name, voice_id, language, facts.card.sample_rate_hz, seed, len(pieces), tuple(pieces)
+            )
             outcome = "cancelled"
             self._metrics.count(CHARACTERS, len(text), engine=name, client=client)
             if request.speech_id:
@@ -305,7 +307,7 @@ class Router:
                     self._metrics.observe(FIRST_AUDIO, time.monotonic() - asked_s, engine=name, client=client)
                     yield [started, frame]
                     async for samples in parts:
-                        yield [AudioFrame(samples)]
+                        yield [AudioFrame(samples, speech.utterance)]
                 outcome = "complete"
             except VoiceCloneError:
                 outcome = "failed"

@@ -101,6 +101,12 @@ class Speech:
         self._stall_timeout_s = stall_timeout_s
         self._ahead: deque[Listener] = deque()
         self._asked = 0
+        self._heard = 0
+
+    @property
+    def utterance(self) -> int:
+        """Index of the utterance that the samples given out last belong to."""
+        return self._heard
 
     async def parts(self) -> AsyncGenerator[Samples, None]:
         """All samples in order. Closing it leaves every utterance that is not heard to its end."""
@@ -113,6 +119,7 @@ class Speech:
                     self._ask()
                     yield samples
                 self._ahead.popleft().leave()
+                self._heard += 1
                 self._ask()
         finally:
             for listener in self._ahead:

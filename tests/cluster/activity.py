@@ -38,6 +38,7 @@ if __name__ == "__main__":
             asdict(answer)
             for answer in serve.get_deployment_handle(name, APP_NAME).broadcast("activity").results()
         ]
-        for name in ("router", "engine-tone")
+        for name in serve.status().applications[APP_NAME].deployments
+        if name != "ingress"
     }
     print(json.dumps({"held": held, "ended": ended()}))  # noqa: T201 - its whole purpose

@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -134,23 +135,23 @@ def test_live_session_speaks_while_it_is_written_and_stops_when_it_is_left(
         replicas = look_inside(environment)["held"]["engine-slow"]
         return sum(int(replica["rows_open"]) for replica in replicas)
 
-    socket = connect(f"{url.replace('http', 'ws', 1)}/v1/audio/speech/stream")
-    socket.send(json.dumps({"type": "session.config", "model": "slow", "voice": "me"}))
-    socket.send(json.dumps({"type": "input.text", "text": "A sentence. And half of ano"}))
-    messages, sound = [], b""
-    while not messages or messages[-1]["type"] != "audio.done":
-        frame = socket.recv(timeout=60)
-        if isinstance(frame, bytes):
-            sound += frame
-        else:
-            messages.append(json.loads(frame))
-    assert messages[0]["sentence_text"] == "A sentence. "
-    assert len(sound) == 2 * 24 * messages[-1]["duration_ms"]
-    socket.send(json.dumps({"type": "input.text", "text": "ther. " + LONG}))
-    while not isinstance(socket.recv(timeout=60), bytes):
-        pass
-    assert rows_open() > 0
-    socket.close()
+    messages: list[dict[str, Any]] = []
+    sound = b""
+    with connect(f"{url.replace('http', 'ws', 1)}/v1/audio/speech/stream") as live:
+        live.send(json.dumps({"type": "session.config", "model": "slow", "voice": "me"}))
+        live.send(json.dumps({"type": "input.text", "text": "A sentence. And half of ano"}))
+        while not messages or messages[-1]["type"] != "audio.done":
+            frame = live.recv(timeout=60)
+            if isinstance(frame, bytes):
+                sound += frame
+            else:
+                messages.append(json.loads(frame))
+        assert messages[0]["sentence_text"] == "A sentence. "
+        assert len(sound) == 2 * 24 * messages[-1]["duration_ms"]
+        live.send(json.dumps({"type": "input.text", "text": "ther. " + LONG}))
+        while not isinstance(live.recv(timeout=60), bytes):
+            pass
+        assert rows_open() > 0
     deadline_s = time.monotonic() + 20
     while rows_open():
         assert time.monotonic() < deadline_s

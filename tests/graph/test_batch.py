@@ -44,6 +44,14 @@ def test_an_item_may_differ_from_the_defaults(server: Server) -> None:
     assert len(read_audio(base64.b64decode(mp3["audio_data"]))[0]) > 0
 
 
+def test_an_item_may_ask_for_times(server: Server) -> None:
+    first, second = batch(server, {"input": "One. Two.", "timestamps": "srt"}, {"input": "One."})["results"]
+    assert [sentence["text"] for sentence in first["sentences"]] == ["One.", "Two."]
+    assert first["sentences"][-1]["end_ms"] == first["duration_ms"]
+    assert first["subtitles"].startswith("1\n00:00:00,000 --> ")
+    assert "sentences" not in second
+
+
 def test_a_bad_item_spoils_no_other(server: Server) -> None:
     answer = batch(
         server,

@@ -78,11 +78,10 @@ def test_an_unknown_consent_enrols_nobody(server: Server) -> None:
     assert answer.json()["error"]["code"] == "consent_required"
 
 
-def record(server: Server, **changes: object) -> httpx.Response:
+def record(server: Server, recording: tuple[str, bytes] = RECORDING[:2], **changes: str) -> httpx.Response:
     """POST a consent that is wrong somewhere."""
     form = {"name": "Ada", "language": "en", **changes}
-    audio = form.pop("recording", RECORDING)
-    return server.http.post("/v1/audio/voice_consents", data=form, files={"recording": audio})  # type: ignore[arg-type]
+    return server.http.post("/v1/audio/voice_consents", data=form, files={"recording": recording})
 
 
 def test_what_is_no_consent_is_refused(server: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from socket import SHUT_RDWR
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from serve_app.ingress.data_url import encoded_length
+from tests.graph.clients import shows
 from tests.graph.conftest import Server, activity, eventually, router_activity
 from tests.graph.test_one_shot import data_url
 from tests.speech import noisy_tone, wav_bytes
@@ -21,7 +23,8 @@ WORDS = "The birch canoe slid on the smooth planks. It is easy to tell the depth
 def open_session(server: Server, **options: Any) -> ClientConnection:
     """A socket, not configured yet."""
     url = server.url.replace("http://", "ws://")
-    return connect(f"{url}/v1/audio/speech/stream", max_size=None, **options)
+    socket: ClientConnection = connect(f"{url}/v1/audio/speech/stream", max_size=None, **options)
+    return socket
 
 
 def tell(socket: ClientConnection, kind: str, **fields: object) -> None:
@@ -47,6 +50,7 @@ def receive(socket: ClientConnection, until: str) -> tuple[list[dict[str, Any]],
     return messages, audio
 
 
+@shows("vLLM-Omni's clients", "live WebSocket")
 def test_the_first_sentence_is_heard_before_the_last_is_written(server: Server) -> None:
     with open_session(server) as socket:
         configure(socket)
@@ -96,20 +100,16 @@ def test_interrupt_frees_the_engine_and_the_session_goes_on(server: Server) -> N
 
 @pytest.mark.parametrize("politely", [True, False], ids=["close frame", "cut"])
 def test_leaving_frees_the_engine(server: Server, politely: bool) -> None:
-    socket = open_session(server)
-    configure(socket, model="slow")
-    tell(socket, "input.text", text="word " * 40)
-    tell(socket, "input.done")
-    receive(socket, "audio.start")
-    if politely:
-        socket.close()
-    else:
-        socket.socket.shutdown(2)
+    with open_session(server) as socket:
+        configure(socket, model="slow")
+        tell(socket, "input.text", text="word " * 40)
+        tell(socket, "input.done")
+        receive(socket, "audio.start")
+        assert activity("slow")[0].rows_open == 1
+        if not politely:
+            socket.socket.shutdown(SHUT_RDWR)
     eventually(lambda: activity("slow")[0].rows_open == 0)
     eventually(lambda: router_activity().requests == 0)
-    assert activity("slow")[0].rows_open == 0
-    if not politely:
-        socket.close()
 
 
 def test_a_session_speaks_like_a_recording_of_its_own(server: Server) -> None:

@@ -242,7 +242,8 @@ def test_model_alias_and_openai_model_names(server: Server) -> None:
 def test_voice_by_id_name_alias_and_object(server: Server) -> None:
     voice_id = server.http.get("/v1/audio/voices/anna").json()["id"]
     samples = [pcm(server, seed=1, voice=voice) for voice in ("anna", voice_id, "alloy", {"id": voice_id})]
-    samples.append(pcm(server, seed=1, voice=None, speaker="anna"))
+    body = {"model": "tone", "speaker": "anna", "input": TEXT, "response_format": "pcm", "seed": 1}
+    samples.append(np.frombuffer(server.http.post("/v1/audio/speech", json=body).content, "<i2"))
     for other in samples[1:]:
         np.testing.assert_array_equal(samples[0], other)
 
@@ -252,6 +253,9 @@ def test_unknown_fields_are_ignored_and_named(server: Server) -> None:
     answer = server.http.post("/v1/audio/speech", json=body)
     assert answer.status_code == 200
     assert answer.headers["x-ignored-fields"] == "extra_thing, instructions"
+    body = {"model": "tone", "voice": "anna", "input": "Hi.", "a b": 1, "é": 1, "x" * 41: 1}
+    answer = server.http.post("/v1/audio/speech", json=body | {f"n{n}": n for n in range(500)})
+    assert len(answer.headers["x-ignored-fields"].split(", ")) == 20
 
 
 def test_request_id_is_taken_or_made(server: Server) -> None:

@@ -167,7 +167,7 @@ def test_priority(authorization: str, body: dict[str, str], priority: Priority) 
 
     api = FastAPI()
     router: Any = Router()
-    api.include_router(openai.routes(router, Callers(KEYS, [])))
+    api.include_router(openai.routes(router, Callers(KEYS, []), Settings()))
 
     @api.middleware("http")
     async def request_id(request: Any, call_next: Any) -> Any:

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient, WebSocketTestSession
 from starlette.websockets import WebSocketDisconnect
 
 from serve_app.config import Settings
-from serve_app.errors import EngineFailed, RateLimited, TooManyAtOnce
+from serve_app.errors import EngineFailed, RateLimited, ShuttingDown, TooManyAtOnce, VoiceCloneError
 from serve_app.handle import RouterHandle
 from serve_app.ingress.api import build_api
 from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
@@ -28,7 +28,12 @@ class Studio:
     """In the place of the router: speaks each character as a constant, if it may."""
 
     def __init__(
-        self, *, at_once: int = 9, refuse: Callable[[str], bool] = lambda _: False, pause_s: float = 0
+        self,
+        *,
+        at_once: int = 9,
+        refuse: Callable[[str], bool] = lambda _: False,
+        refusal: VoiceCloneError | None = None,
+        pause_s: float = 0,
     ) -> None:
         self.requests: list[SpeechRequest] = []
         self.open = 0
@@ -36,13 +41,14 @@ class Studio:
         self._pause_s = pause_s
         self._at_once = at_once
         self._refuse = refuse
+        self._refusal = refusal or RateLimited("Too much. Wait.")
 
     async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechStarted | AudioFrame, None]:
         self.requests.append(request)
         if self.open >= self._at_once:
             raise TooManyAtOnce("One at a time. Wait.")
         if self._refuse(request.text):
-            raise RateLimited("Too much. Wait.")
+            raise self._refusal
         self.open += 1
         self.most_open = max(self.most_open, self.open)
         try:
@@ -209,6 +215,18 @@ def test_an_error_ends_its_turn_and_not_the_session() -> None:
         messages, _ = receive(socket)
     assert messages[-1] == {"type": "session.done", "utterance_index": 1, "total_sentences": 1}
     assert studio.open == 0
+
+
+def test_a_server_that_stops_ends_the_session() -> None:
+    studio = Studio(refuse=lambda _: True, refusal=ShuttingDown("The server is shutting down."))
+    with client(studio).websocket_connect(PATH) as socket:
+        configure(socket)
+        write(socket, "Hi.")
+        ((error,), _) = receive(socket, "error")
+        assert error["error"]["code"] == "shutting_down"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            receive(socket)
+    assert closed.value.code == 1012
 
 
 def test_what_is_written_to_a_turn_that_failed_is_dropped() -> None:
