@@ -9,16 +9,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from engines.registry import make_engine
-from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
+from serve_app.config import EngineSettings, Replicas, Settings, TranscriberSettings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
 from serve_app.router.dispatch import calls_per_replica
 from serve_app.router.limits.budget_actor import budget_actor
 from serve_app.router.router import Router
+from serve_app.transcripts.replica import TranscriberReplica
 
 #: Name of the Serve application and of the router in it: what a notebook connects to.
 APP_NAME = "voice-clone"
 ROUTER = "router"
+TRANSCRIBER = "transcriber"
 
 #: Ingress and router only hand values over; their limits are in `limits`, not here.
 _LIGHT_MAX_ONGOING = 1000
@@ -29,7 +31,10 @@ _NO_ACCESS_LOG = LoggingConfig(enable_access_log=False)
 
 
 def build_app(args: Settings) -> serve.Application:
-    """The graph ingress -> router -> one deployment per engine. Takes the settings tree, pure otherwise."""
+    """The graph ingress -> router -> one deployment per engine, and the transcriber if one is configured.
+
+    Takes the settings tree, pure otherwise.
+    """
     refuse_unknown_variables()
     engines = {name: _engine(name, settings) for name, settings in args.engines.items()}
     router = _deployment(
@@ -46,7 +51,8 @@ def build_app(args: Settings) -> serve.Application:
         max_ongoing_requests=_LIGHT_MAX_ONGOING,
         **_scale(args.ingress, busy_requests=100),
     )
-    return ingress.bind(router.bind(engines, args), args)
+    transcriber = None if args.transcriber is None else _transcriber(args.transcriber)
+    return ingress.bind(router.bind(engines, args, transcriber), args)
 
 
 def _deployment(kind: type, **options: Any) -> serve.Deployment:
@@ -73,6 +79,18 @@ def _engine(name: str, settings: EngineSettings) -> serve.Application:
     return deployment.bind(
         settings.engine or name, settings.config, settings.batching.chunk_timeout_s, served_as=name
     )
+
+
+def _transcriber(settings: TranscriberSettings) -> serve.Application:
+    deployment = _deployment(
+        TranscriberReplica,
+        name=TRANSCRIBER,
+        # One is heard, the next waits beside it.
+        max_ongoing_requests=2,
+        logging_config=_NO_ACCESS_LOG,
+        **_scale(settings.replicas, busy_requests=1),
+    )
+    return deployment.bind(settings.recogniser.model_dump())
 
 
 def _scale(

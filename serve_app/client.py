@@ -31,6 +31,7 @@ from anyio.from_thread import start_blocking_portal
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
 from serve_app.protocol import AudioFrame, EnrolRequest, SpeechRequest, SpeechStarted
+from serve_app.transcripts.transcript import Correction
 
 #: Suffixes of the files that ``Speech.save`` writes.
 SAVED_AS = (".wav", ".flac", ".mp3", ".ogg")
@@ -161,6 +162,14 @@ class Client(ABC):
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
 
+    def correct_transcript(self, voice: str, text: str, *, language: str = "") -> None:
+        """Say what is said in the recording of a voice; empty takes an earlier correction back."""
+        self._correct(voice, Correction(text=text, language=language))
+
+    @abstractmethod
+    def _correct(self, voice: str, correction: Correction) -> None:
+        """Send a correction."""
+
     @abstractmethod
     def models(self) -> list[ModelInfo]:
         """The served engines."""
@@ -231,6 +240,9 @@ class HandleClient(Client):
         """Remove a voice by id or name."""
         self._portal.call(self._router.delete_voice, voice)
 
+    def _correct(self, voice: str, correction: Correction) -> None:
+        self._portal.call(self._router.correct_transcript, voice, correction)
+
     def models(self) -> list[ModelInfo]:
         """The served engines."""
         models = self._portal.call(self._router.models)
@@ -298,6 +310,10 @@ class HttpClient(Client):
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
         self._json("DELETE", f"/v1/audio/voices/{quote(voice, safe='')}")
+
+    def _correct(self, voice: str, correction: Correction) -> None:
+        body = {"transcript": correction.text, "language": correction.language}
+        self._json("PATCH", f"/v1/audio/voices/{quote(voice, safe='')}", json=body)
 
     def models(self) -> list[ModelInfo]:
         """The served engines."""

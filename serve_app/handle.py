@@ -28,6 +28,7 @@ from serve_app.protocol import (
     SpeechRequest,
     SpeechStarted,
 )
+from serve_app.transcripts.transcript import Correction
 from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import Voice
 
@@ -97,6 +98,10 @@ class RouterHandle:
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
         """Voices in order of enrolment."""
         return await self._call("voices", VoicePage, owner, limit, after)
+
+    async def correct_transcript(self, voice: str, correction: Correction, owner: str = "public") -> Voice:
+        """Say what is said in the recording of a voice."""
+        return await self._call("correct_transcript", Voice, voice, correction, owner)
 
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
         """Remove a voice and return what it was."""

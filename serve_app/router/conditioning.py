@@ -14,12 +14,13 @@ from serve_app.errors import VoiceCloneError, from_engine
 from serve_app.protocol import EngineFacts
 from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
+from serve_app.transcripts.transcript import Transcript
 from serve_app.voices.store import VoiceStore
 from serve_app.voices.voice import Voice
 
 logger = logging.getLogger("ray.serve")
 
-_Key = tuple[str, str, str]
+_Key = tuple[str, str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,45 +53,61 @@ class ConditioningSource:
         self._pending: dict[_Key, asyncio.Task[VoiceConditioning]] = {}
         self._refining: set[asyncio.Task[None]] = set()
 
-    async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> VoiceConditioning:
-        """Conditioning of ``voice`` for the weights in ``facts``."""
-        key = (voice.revision, facts.card.name, facts.weights_fingerprint)
+    async def get(
+        self, voice: Voice, facts: EngineFacts, engine: EngineDispatch, transcript: Transcript | None = None
+    ) -> VoiceConditioning:
+        """Conditioning of ``voice`` for the weights in ``facts``, and for ``transcript`` if that matters."""
+        key = _key(voice, facts.card.name, facts.weights_fingerprint, transcript)
         entry = self._entries.get(key)
         if entry is not None and time.monotonic() - entry.read_at_s < self._ttl_s:
             self._entries.move_to_end(key)
             return entry
         task = self._pending.get(key)
         if task is None:
-            task = start_detached(self._load(key, voice, facts, engine))
+            task = start_detached(self._load(key, voice, facts, engine, transcript))
             self._pending[key] = task
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         # One caller leaving must not stop the computation others wait for.
         return await asyncio.shield(task)
 
     async def _load(
-        self, key: _Key, voice: Voice, facts: EngineFacts, engine: EngineDispatch
+        self,
+        key: _Key,
+        voice: Voice,
+        facts: EngineFacts,
+        engine: EngineDispatch,
+        transcript: Transcript | None,
     ) -> VoiceConditioning:
-        stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint)
+        stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint, transcript)
         if stored is not None:
             return self._remember(key, stored)
         reference = await self._store.reference(voice)
+        if transcript is not None:
+            reference = transcript.completes(reference)
         conditioning = await extract(engine, reference)
-        prepared = await self.keep(voice, conditioning)
-        self.refine_later(voice, reference, conditioning, engine)
+        prepared = await self.keep(voice, conditioning, transcript)
+        self.refine_later(voice, reference, conditioning, engine, transcript)
         return prepared
 
-    async def keep(self, voice: Voice, conditioning: Conditioning) -> VoiceConditioning:
+    async def keep(
+        self, voice: Voice, conditioning: Conditioning, transcript: Transcript | None = None
+    ) -> VoiceConditioning:
         """Remember and store. A store that cannot be written costs a warning: the voice works without."""
-        key = (voice.revision, conditioning.engine, conditioning.weights_fingerprint)
+        key = _key(voice, conditioning.engine, conditioning.weights_fingerprint, transcript)
         prepared = self._remember(key, conditioning)
         try:
-            await self._store.put_conditioning(voice, conditioning)
+            await self._store.put_conditioning(voice, conditioning, transcript)
         except VoiceCloneError as error:
             logger.warning("Conditioning of %s was not stored: %s", voice.id, error.code)
         return prepared
 
     def refine_later(
-        self, voice: Voice, reference: Reference, conditioning: Conditioning, engine: EngineDispatch
+        self,
+        voice: Voice,
+        reference: Reference,
+        conditioning: Conditioning,
+        engine: EngineDispatch,
+        transcript: Transcript | None = None,
     ) -> None:
         """Let the engine refine in the background; the result takes the place of ``conditioning``."""
 
@@ -101,7 +118,7 @@ class ConditioningSource:
                 logger.warning("Conditioning of %s was not refined: %s", voice.id, error.message)
                 return
             if better is not None:
-                await self.keep(voice, better)
+                await self.keep(voice, better, transcript)
 
         task = start_detached(refine())
         self._refining.add(task)
@@ -120,6 +137,10 @@ class ConditioningSource:
             _, oldest = self._entries.popitem(last=False)
             held_bytes -= oldest.conditioning.size_bytes
         return prepared
+
+
+def _key(voice: Voice, engine: str, weights_fingerprint: str, transcript: Transcript | None) -> _Key:
+    return (voice.revision, engine, weights_fingerprint, "" if transcript is None else transcript.digest)
 
 
 async def extract(engine: EngineDispatch, reference: Reference) -> Conditioning:

@@ -57,6 +57,8 @@ from serve_app.router.limits.admission import Admission
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
+from serve_app.router.transcription import Transcription
+from serve_app.transcripts.transcript import Correction
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.voice import Consent, NewVoice, Voice
@@ -103,7 +105,10 @@ class Router:
 
     # Ray awaits an asynchronous constructor; the type checker does not know of one.
     async def __init__(  # type: ignore[misc]
-        self, engines: dict[str, DeploymentHandle[Any]], settings: Settings
+        self,
+        engines: dict[str, DeploymentHandle[Any]],
+        settings: Settings,
+        transcriber: DeploymentHandle[Any] | None = None,
     ) -> None:
         self._settings = settings
         self._configured = settings
@@ -129,6 +134,11 @@ class Router:
             self._store,
             max_bytes=settings.voices.conditioning_cache_mb << 20,
             ttl_s=settings.voices.conditioning_ttl_s,
+        )
+        self._transcription = Transcription(
+            self._store,
+            transcriber,
+            timeout_s=settings.transcriber.timeout_s if settings.transcriber is not None else 0.0,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -222,7 +232,8 @@ class Router:
         self._check_options(request, facts)
         voice = await self._voice(request.voice, request.owner)
         language = _language(request.language, text, facts)
-        prepared = await self._conditioning.get(voice, facts, self._engines[name])
+        transcript = await self._transcription.of_voice(voice, facts.card)
+        prepared = await self._conditioning.get(voice, facts, self._engines[name], transcript)
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
@@ -350,12 +361,17 @@ class Router:
             await self._refuse_taken_name(new)
         checked = await self._reader.read(request.audio)
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
+        # However long the engine takes to come up: the recording cannot be enrolled without it anyway.
+        facts = await self._engine_facts(name, timeout_s=None)
+        transcript, hearing = await self._transcription.of_recording(new, checked, facts.card)
+        if transcript is not None:
+            reference = transcript.completes(reference)
         conditioning = await extract(self._engines[name], reference)
         store = self._store.replace if request.replace else self._store.create
-        voice = await store(new, checked)
-        await self._conditioning.keep(voice, conditioning)
-        self._conditioning.refine_later(voice, reference, conditioning, self._engines[name])
-        return voice
+        voice = await store(new, checked, hearing)
+        await self._conditioning.keep(voice, conditioning, transcript)
+        self._conditioning.refine_later(voice, reference, conditioning, self._engines[name], transcript)
+        return await self._with_words(voice)
 
     async def _refuse_taken_name(self, new: NewVoice) -> None:
         """Say so before any work is done; ``create`` decides for good."""
@@ -371,13 +387,25 @@ class Router:
 
     @answers
     async def voice(self, voice: str, owner: str = "public") -> Voice:
-        """One voice by id, name or alias."""
-        return await self._voice(voice, owner)
+        """One voice by id, name or alias, and what is said in its recording."""
+        return await self._with_words(await self._voice(voice, owner))
 
     @answers
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
-        return await self._store.list(owner, limit=limit, after=after)
+        """Voices in order of enrolment, and what is said in their recordings."""
+        page = await self._store.list(owner, limit=limit, after=after)
+        voices = await asyncio.gather(*map(self._with_words, page.voices))
+        return VoicePage(tuple(voices), page.has_more)
+
+    @answers
+    async def correct_transcript(self, voice: str, correction: Correction, owner: str = "public") -> Voice:
+        """Let a person say what is said in the recording of a voice, which changes how it speaks."""
+        found = await self._voice(voice, owner)
+        await self._store.correct(found, correction)
+        return await self._with_words(found)
+
+    async def _with_words(self, voice: Voice) -> Voice:
+        return voice.model_copy(update={"words": await self._store.transcript(voice)})
 
     @answers
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
@@ -413,7 +441,7 @@ class Router:
             )
         return name
 
-    async def _engine_facts(self, name: str, timeout_s: float = _FACTS_TIMEOUT_S) -> EngineFacts:
+    async def _engine_facts(self, name: str, timeout_s: float | None = _FACTS_TIMEOUT_S) -> EngineFacts:
         if name not in self._facts:
             try:
                 async with asyncio.timeout(timeout_s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +21,13 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.util import list_named_actors
 
 from benchmarks.ports import free_port
+from engines.registry import GROUP
 from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import Settings
 from serve_app.environment import prepare_environment
 from serve_app.protocol import ReplicaActivity, RouterActivity
 from tests.speech import noisy_tone, wav_bytes
+from tests.whisper import whisper_folder
 
 TICKET = Path(tempfile.gettempdir()) / f"voice-clone-fault-{os.getpid()}"
 
@@ -89,9 +92,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "replicas": {"num_cpus": 0.1},
         "runtime_env": _without_espeak(tmp_path_factory.mktemp("site")),
     }
+    plug_in = _plug_in(tmp_path_factory.mktemp("plug_in"))
+    reading = {"replicas": {"num_cpus": 0.1}, "runtime_env": {"env_vars": {"PYTHONPATH": plug_in}}}
     settings = {
         **SETTINGS,
-        "engines": {**SETTINGS["engines"], "english": english},
+        "engines": {**SETTINGS["engines"], "english": english, "reading": reading},
+        "transcriber": {"model": str(whisper_folder()), "replicas": {"num_cpus": 0.1}},
         "voices": {"store": str(store), "aliases": {"alloy": "anna"}},
     }
     port = free_port()
@@ -116,6 +122,16 @@ def _without_espeak(folder: Path) -> dict[str, Any]:
     """A runtime environment in which the package of the espeak extra cannot be imported."""
     (folder / "sitecustomize.py").write_text('import sys\nsys.modules["espeakng_loader"] = None\n')
     return {"env_vars": {"PYTHONPATH": str(folder)}}
+
+
+def _plug_in(folder: Path) -> str:
+    """Declare an engine as another distribution would. Returns the search path for it and its engine."""
+    facts = folder / "reading_engine-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: reading-engine\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text(f"[{GROUP}]\nreading = tests.reading_engine:ReadingEngine\n")
+    sys.path.append(str(folder))
+    return os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
 
 
 def activity(engine: str) -> list[ReplicaActivity]:
