@@ -15,7 +15,7 @@ from serve_app.replica import EngineReplica
 from serve_app.router.dispatch import calls_per_replica
 from serve_app.router.limits.budget_actor import budget_actor
 from serve_app.router.router import Router
-from serve_app.transcripts.replica import TranscriberReplica
+from serve_app.transcriber import TranscriberReplica
 
 #: Name of the Serve application and of the router in it: what a notebook connects to.
 APP_NAME = "voice-clone"

@@ -13,6 +13,7 @@ While it   infers without streaming it answers nobody: silence means busy, a ref
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from enum import StrEnum
@@ -70,6 +71,8 @@ class ApiV2Server:
         self._probe_timeout_s = probe_timeout_s
         #: The pair it was last told to load; None if that is not known.
         self.weights: WeightPair | None = None
+        #: Longest time between two parts of a stream so far: it cannot be stopped within one.
+        self.longest_step_s = 0.0
 
     async def probe(self) -> State:
         """Ask for nothing and see who answers."""
@@ -115,9 +118,12 @@ class ApiV2Server:
                 if answer.status_code != 200:
                     await answer.aread()
                     raise self._refusal(answer)
+                began_s = time.monotonic()
                 async with aclosing(self._samples(answer.aiter_raw())) as samples:
                     async for part in samples:
+                        self.longest_step_s = max(self.longest_step_s, time.monotonic() - began_s)
                         yield part
+                        began_s = time.monotonic()
         except httpx.HTTPError as error:
             raise ServerLost(type(error).__name__) from error
 

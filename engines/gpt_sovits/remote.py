@@ -19,7 +19,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from pathlib import Path
@@ -257,7 +257,9 @@ class RemoteBackend:
         except EngineError as error:
             put(Chunk.failure(row, error))
 
-    async def _speech(self, body: Mapping[str, Any], weights: WeightPair | None) -> AsyncIterator[Samples]:
+    async def _speech(
+        self, body: Mapping[str, Any], weights: WeightPair | None
+    ) -> AsyncGenerator[Samples, None]:
         """Samples from a server, or from another one if that is lost before it has said anything."""
         assert self._pool is not None  # noqa: S101 - `synthesize` has looked
         failed_on: list[ApiV2Server] = []

@@ -14,8 +14,8 @@ from engines.gpt_sovits.api_v2 import ApiV2Server, State, WeightPair
 _RETRY_S, _LONGEST_RETRY_S = 1.0, 30.0
 #: An utterance waits this long for a lost server if there is no other.
 _PATIENCE_S = 3.0
-#: A streaming server that is left finishes its step before it notices.
-_SETTLE_S = 0.5
+#: A server that is left in the middle of a stream finishes its step, and nothing says when it has.
+_SETTLE_S, _SETTLE_STEPS = 0.5, 1.5
 
 
 class ServerPool:
@@ -126,7 +126,7 @@ class ServerPool:
 
     async def _settle(self, server: ApiV2Server) -> None:
         try:
-            await asyncio.sleep(_SETTLE_S)
+            await asyncio.sleep(max(_SETTLE_S, _SETTLE_STEPS * server.longest_step_s))
             while (state := await server.probe()) is State.BUSY:
                 pass
             if state is not State.READY:

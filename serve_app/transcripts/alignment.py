@@ -83,8 +83,10 @@ def _timed(pieces: Iterable[str], start_s: float, end_s: float) -> list[Word]:
     per_letter_s = (end_s - start_s) / max(1, sum(letters))
     words = []
     for piece, count in zip(pieces, letters, strict=True):
-        words.append(Word(piece, start_s, start_s + count * per_letter_s))
-        start_s += count * per_letter_s
+        # Rounding must not carry a word past the end.
+        until_s = min(end_s, start_s + count * per_letter_s)
+        words.append(Word(piece, start_s, until_s))
+        start_s = until_s
     return words
 
 

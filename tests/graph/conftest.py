@@ -92,8 +92,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "replicas": {"num_cpus": 0.1},
         "runtime_env": _without_espeak(tmp_path_factory.mktemp("site")),
     }
-    plug_in = _plug_in(tmp_path_factory.mktemp("plug_in"))
-    reading = {"replicas": {"num_cpus": 0.1}, "runtime_env": {"env_vars": {"PYTHONPATH": plug_in}}}
+    plug_in = tmp_path_factory.mktemp("plug_in")
+    search_path = os.pathsep.join([_declared_in(plug_in), str(Path(__file__).parents[2])])
+    reading = {"replicas": {"num_cpus": 0.1}, "runtime_env": {"env_vars": {"PYTHONPATH": search_path}}}
     settings = {
         **SETTINGS,
         "engines": {**SETTINGS["engines"], "english": english, "reading": reading},
@@ -106,7 +107,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port)
         )
-        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME)
+        # Not for longer: other tests look at all engines that are installed.
+        sys.path.append(str(plug_in))
+        app = build_app(Settings.model_validate(settings))
+        sys.path.remove(str(plug_in))
+        serve.run(app, name=APP_NAME)
         url = f"http://127.0.0.1:{port}"
         openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx.Client(base_url=url, timeout=60) as http:
@@ -124,14 +129,13 @@ def _without_espeak(folder: Path) -> dict[str, Any]:
     return {"env_vars": {"PYTHONPATH": str(folder)}}
 
 
-def _plug_in(folder: Path) -> str:
-    """Declare an engine as another distribution would. Returns the search path for it and its engine."""
+def _declared_in(folder: Path) -> str:
+    """Declare the reading engine in ``folder``, as another distribution would."""
     facts = folder / "reading_engine-1.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: reading-engine\nVersion: 1\n")
     (facts / "entry_points.txt").write_text(f"[{GROUP}]\nreading = tests.reading_engine:ReadingEngine\n")
-    sys.path.append(str(folder))
-    return os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    return str(folder)
 
 
 def activity(engine: str) -> list[ReplicaActivity]:
