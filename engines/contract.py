@@ -134,7 +134,7 @@ class EngineCard:
     max_utterance_chars: Mapping[str, int]
     #: True if the first chunk of an utterance exists before the utterance is finished.
     streams: bool
-    #: True if ``extract_voice`` needs ``Reference.transcript``.
+    #: True if ``extract_voice`` needs ``Reference.transcript``: the server sees to it that there is one.
     needs_transcript: bool
     #: Licence of the code and of the weights, as SPDX expressions or the licence's own name.
     code_licence: str
@@ -153,6 +153,9 @@ class EngineCard:
     optional_languages: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: For whoever asks for a language it does not speak: how else one is added, in a sentence.
     languages_hint: str = ""
+    #: With ``needs_transcript``: True if a voice without one is still spoken, less like the recording, where
+    #: nobody can say what is said in it; False if it is refused.
+    transcript_optional: bool = False
 
     def max_chars(self, language: str) -> int:
         """Longest utterance in characters for ``language``."""
@@ -178,17 +181,31 @@ class EngineConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """A piece of a transcript, mostly a word, and when it is said, in seconds from the recording's start.
+
+    ``text`` keeps the spaces and signs around it: joined, the pieces of a transcript are the transcript.
+    """
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Reference:
     """A checked recording of the speaker to clone.
 
     ``samples``: mono float32 in [-1, 1], shape [n]; ``sample_rate_hz``: 8 000 to 192 000;
-    ``transcript``: what is said, empty if unknown; ``language``: BCP-47 or empty if unknown.
+    ``transcript``: what is said, empty if unknown; ``language``: BCP-47 or empty if unknown;
+    ``words``: ``transcript`` in timed pieces, in order, empty if the times are unknown.
     """
 
     samples: Samples
     sample_rate_hz: int
     transcript: str = ""
     language: str = ""
+    words: tuple[Word, ...] = ()
 
     @property
     def duration_s(self) -> float:

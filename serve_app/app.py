@@ -9,16 +9,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from engines.registry import make_engine
-from serve_app.config import EngineSettings, Replicas, Settings, refuse_unknown_variables
+from serve_app.config import EngineSettings, Replicas, Settings, TranscriberSettings, refuse_unknown_variables
 from serve_app.ingress.ingress import Ingress
 from serve_app.replica import EngineReplica
 from serve_app.router.dispatch import calls_per_replica
 from serve_app.router.limits.budget_actor import budget_actor
 from serve_app.router.router import Router
+from serve_app.transcriber import TranscriberReplica
 
 #: Name of the Serve application and of the router in it: what a notebook connects to.
 APP_NAME = "voice-clone"
 ROUTER = "router"
+TRANSCRIBER = "transcriber"
 
 #: Ingress and router only hand values over; their limits are in `limits`, not here.
 _LIGHT_MAX_ONGOING = 1000
@@ -27,7 +29,10 @@ _DRAIN_S = 60.0
 
 
 def build_app(args: Settings) -> serve.Application:
-    """The graph ingress -> router -> one deployment per engine. Takes the settings tree, pure otherwise."""
+    """The graph ingress -> router -> one deployment per engine, and the transcriber if one is configured.
+
+    Takes the settings tree, pure otherwise.
+    """
     refuse_unknown_variables()
     # The ingress logs every request: a line at each further hop costs time and says nothing new.
     quiet = LoggingConfig(log_level=args.log_level, enable_access_log=False)
@@ -47,7 +52,8 @@ def build_app(args: Settings) -> serve.Application:
         logging_config=LoggingConfig(log_level=args.log_level),
         **_scale(args.ingress, busy_requests=100),
     )
-    return ingress.bind(router.bind(engines, args), args)
+    transcriber = None if args.transcriber is None else _transcriber(args.transcriber, quiet)
+    return ingress.bind(router.bind(engines, args, transcriber), args)
 
 
 def _deployment(kind: type, **options: Any) -> serve.Deployment:
@@ -74,6 +80,18 @@ def _engine(name: str, settings: EngineSettings, logging_config: LoggingConfig) 
     return deployment.bind(
         settings.engine or name, settings.config, settings.batching.chunk_timeout_s, served_as=name
     )
+
+
+def _transcriber(settings: TranscriberSettings, logging_config: LoggingConfig) -> serve.Application:
+    deployment = _deployment(
+        TranscriberReplica,
+        name=TRANSCRIBER,
+        # One is heard, the next waits beside it.
+        max_ongoing_requests=2,
+        logging_config=logging_config,
+        **_scale(settings.replicas, busy_requests=1),
+    )
+    return deployment.bind(settings.recogniser.model_dump())
 
 
 def _scale(

@@ -31,6 +31,7 @@ from anyio.from_thread import start_blocking_portal
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
 from serve_app.protocol import AudioFrame, Caller, EnrolRequest, SpeechRequest, SpeechStarted
+from serve_app.transcripts.transcript import Correction
 
 #: Whoever holds a handle runs the cluster: there is nothing to hide.
 _OPERATOR = Caller(admin=True)
@@ -168,6 +169,14 @@ class Client(ABC):
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
 
+    def correct_transcript(self, voice: str, text: str, *, language: str = "") -> None:
+        """Say what is said in the recording of a voice; empty takes an earlier correction back."""
+        self._correct(voice, Correction(text=text, language=language))
+
+    @abstractmethod
+    def _correct(self, voice: str, correction: Correction) -> None:
+        """Send a correction."""
+
     @abstractmethod
     def models(self) -> list[ModelInfo]:
         """The served engines."""
@@ -241,6 +250,9 @@ class HandleClient(Client):
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
         self._portal.call(self._router.delete_voice, voice, _OPERATOR)
+
+    def _correct(self, voice: str, correction: Correction) -> None:
+        self._portal.call(self._router.correct_transcript, voice, correction, _OPERATOR)
 
     def models(self) -> list[ModelInfo]:
         """The served engines."""
@@ -316,6 +328,10 @@ class HttpClient(Client):
     def delete_voice(self, voice: str) -> None:
         """Remove a voice by id or name."""
         self._json("DELETE", f"/v1/audio/voices/{quote(voice, safe='')}")
+
+    def _correct(self, voice: str, correction: Correction) -> None:
+        body = {"transcript": correction.text, "language": correction.language}
+        self._json("PATCH", f"/v1/audio/voices/{quote(voice, safe='')}", json=body)
 
     def models(self) -> list[ModelInfo]:
         """The served engines."""

@@ -25,6 +25,7 @@ from pydantic_settings import (
 from engines.contract import EngineError
 from engines.registry import engine_class, engine_names
 from serve_app.protocol import KeyScope
+from serve_app.transcripts.recogniser import RecogniserConfig
 from serve_app.voices.reference import ReferenceLimits
 from serve_app.voices.voice import PUBLIC, is_owner, is_voice_id
 
@@ -166,6 +167,30 @@ def _checked_owner(name: str) -> str:
     if name.casefold() == PUBLIC:
         raise ValueError(f"'{PUBLIC}' is the owner of what callers without a key make; choose another name")
     return name
+
+
+class SleepingReplicas(Replicas):
+    """Copies of something that is rarely needed."""
+
+    min_replicas: int = Field(default=0, ge=0, description="Copies kept running; 0 scales to zero.")
+    num_cpus: float = Field(default=1.0, ge=0, description="CPU cores each copy reserves.")
+
+
+class TranscriberSettings(RecogniserConfig):
+    """The recogniser that hears what is said in recordings, for engines that want to know."""
+
+    replicas: SleepingReplicas = Field(
+        default_factory=SleepingReplicas,
+        description="Copies and reservations. None runs until a recording has to be heard.",
+    )
+    timeout_s: float = Field(
+        default=60.0, gt=0, description="Longest wait for a transcript, the start of a copy included."
+    )
+
+    @property
+    def recogniser(self) -> RecogniserConfig:
+        """What the recogniser itself is told."""
+        return RecogniserConfig.model_validate(self.model_dump(include=set(RecogniserConfig.model_fields)))
 
 
 class Quota(_Section):
@@ -343,6 +368,9 @@ class Settings(BaseSettings):
     ingress: Replicas = Field(default_factory=Replicas, description="Copies of the HTTP front.")
     router: Replicas = Field(default_factory=Replicas, description="Copies of the router.")
     voices: VoiceSettings = Field(default_factory=VoiceSettings, description="Voices.")
+    transcriber: TranscriberSettings | None = Field(
+        default=None, description="Hears what is said in recordings (docs/transcripts.md); null is off."
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
     live: LiveSettings = Field(default_factory=LiveSettings, description="Live sessions.")
     browsers: BrowserSettings = Field(

@@ -13,6 +13,7 @@ from engines.weights import weights_dir
 from serve_app.config import ConfigError, Settings
 from serve_app.models import Weights, files_here, load_catalogue
 from serve_app.server import check_port, check_ray
+from serve_app.transcripts.recogniser import Recogniser
 from serve_app.voices.store import StoreNotUsable, VoiceStore
 
 
@@ -26,7 +27,7 @@ class Finding:
 
 
 def examine(settings: Settings, *, port: int) -> Iterator[Finding]:
-    """Look at Python, port, Ray, the voice store, all weights and every configured engine, in this order."""
+    """Look at Python, port, Ray, the voice store, all weights, transcriber and engines, in this order."""
     version = ".".join(map(str, sys.version_info[:3]))
     yield Finding("python", sys.version_info >= (3, 11), f"{version} (3.11 or newer is needed)")
     yield _try("port", f"{port} is free", lambda: check_port("127.0.0.1", port))
@@ -36,6 +37,9 @@ def examine(settings: Settings, *, port: int) -> Iterator[Finding]:
     served = {engine.engine or name for name, engine in settings.engines.items()}
     for name, weights in load_catalogue().items():
         yield _weights(name, weights, needed=name in served)
+    if settings.transcriber is not None:
+        recogniser = Recogniser(settings.transcriber.recogniser)
+        yield _try("transcriber", "loads", recogniser.load)
     for name, engine in settings.engines.items():
         yield _try(f"engine {name}", "loads", lambda: _load(engine.engine or name, dict(engine.config)))  # noqa: B023 - called at once
 

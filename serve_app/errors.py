@@ -6,6 +6,7 @@
     + InvalidRequest 400            invalid_request_error
       - MissingField · InvalidValue · InputEmpty · InputTooLong · UnsupportedLanguage
       - UnsupportedFormat · UnsupportedOption · InvalidJson · ConflictingFields · FeatureDisabled
+      - LanguageNeeded · TranscriptNeeded
     + Unauthenticated 401           authentication_error
     + Forbidden 403                 permission_error
       - ConsentRequired · VoiceForbidden · HostNotAllowed · OriginNotAllowed
@@ -28,6 +29,7 @@
       - EngineFailed
     + Unavailable 503               server_error
       - Overloaded · QueueTimeout · EngineUnavailable · ShuttingDown · StoreUnavailable · VoiceDamaged
+      - TranscriberUnavailable
     + ListenerStalled 408           timeout_error
     + StorageFull 507               server_error
 
@@ -174,6 +176,20 @@ class FeatureDisabled(InvalidRequest):
 
     code = "feature_disabled"
     title = "Feature disabled"
+
+
+class LanguageNeeded(InvalidRequest):
+    """The language of a recording cannot be found out here."""
+
+    code = "language_needed"
+    title = "Language needed"
+
+
+class TranscriptNeeded(InvalidRequest):
+    """The engine needs to know what is said in the recording, and nobody here can hear it."""
+
+    code = "transcript_needed"
+    title = "Transcript needed"
 
 
 class Unauthenticated(VoiceCloneError):
@@ -440,6 +456,13 @@ class EngineUnavailable(Unavailable):
 
     code = "engine_unavailable"
     title = "Engine unavailable"
+
+
+class TranscriberUnavailable(Unavailable):
+    """The transcriber does not answer."""
+
+    code = "transcriber_unavailable"
+    title = "Transcriber unavailable"
 
 
 class QueueTimeout(Unavailable):

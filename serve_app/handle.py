@@ -33,6 +33,7 @@ from serve_app.protocol import (
     SpeechRequest,
     SpeechStarted,
 )
+from serve_app.transcripts.transcript import Correction
 from serve_app.voices.announcements import Announcement
 from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.store import VoicePage
@@ -139,6 +140,10 @@ class RouterHandle:
     async def delete_consent(self, consent_id: str, caller: Caller) -> VoiceConsent:
         """Remove a recorded consent and return what it was."""
         return await self._call("delete_consent", VoiceConsent, consent_id, caller)
+
+    async def correct_transcript(self, voice: str, correction: Correction, caller: Caller) -> Voice:
+        """Say what is said in the recording of a voice."""
+        return await self._call("correct_transcript", Voice, voice, correction, caller)
 
     async def models(self) -> dict[str, EngineFacts | None]:
         """Served engines by name; None for one that has no running replica now."""

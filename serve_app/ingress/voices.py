@@ -1,21 +1,40 @@
-"""Voices over HTTP: ``/v1/audio/voices``, OpenAI's shapes plus the listing its SDK lacks."""
+"""Voices over HTTP: ``/v1/audio/voices``, OpenAI's shapes plus what its SDK lacks: lists, transcripts."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.config import Settings
 from serve_app.errors import UnsupportedOption
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import EnrolRequest
-from serve_app.voices.voice import BuiltInVoice, Voice
+from serve_app.transcripts.transcript import Correction, Transcript
+from serve_app.voices.voice import LANGUAGE_PATTERN, BuiltInVoice, Voice
+
+_UNSURE = "The transcript was heard by a recogniser that is not sure of it. Read it and correct it."
 
 
-def voice_object(voice: Voice | BuiltInVoice, settings: Settings) -> dict[str, Any]:
-    """A voice as clients see it."""
+class TranscriptBody(BaseModel):
+    """Body of ``PATCH /v1/audio/voices/{voice}``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    transcript: str = Field(
+        max_length=2000, description="What is said in the recording; empty takes an earlier correction back."
+    )
+    language: str = Field(
+        default="", max_length=35, pattern=LANGUAGE_PATTERN, description="Its language, BCP-47."
+    )
+
+
+def voice_object(
+    voice: Voice | BuiltInVoice, settings: Settings, *, with_words: bool = True
+) -> dict[str, Any]:
+    """A voice as clients see it. Without ``with_words`` the times of words, most of it, are left out."""
     if isinstance(voice, BuiltInVoice):
         return {
             "object": "audio.voice",
@@ -28,6 +47,8 @@ def voice_object(voice: Voice | BuiltInVoice, settings: Settings) -> dict[str, A
             "model": voice.engine,
         }
     aliases = settings.voices.aliases
+    transcript = None if voice.words is None else _transcript_object(voice.words, with_words)
+    unsure = voice.words is not None and voice.words.is_unsure
     return {
         "object": "audio.voice",
         "id": voice.id,
@@ -44,14 +65,30 @@ def voice_object(voice: Voice | BuiltInVoice, settings: Settings) -> dict[str, A
         "description": voice.description or None,
         "duration_s": round(voice.duration_s, 3),
         "sample_rate": voice.sample_rate_hz,
-        "has_transcript": bool(voice.transcript),
+        "has_transcript": transcript is not None,
+        "transcript": transcript,
         "consent": voice.consent.model_dump() if voice.consent else None,
-        "warnings": list(voice.warnings),
+        "warnings": [*voice.warnings, *([_UNSURE] if unsure else [])],
     }
 
 
+def _transcript_object(transcript: Transcript, with_words: bool) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "text": transcript.text,
+        "source": transcript.source,
+        "language": transcript.language or None,
+        "confidence": None if transcript.confidence is None else round(transcript.confidence, 3),
+    }
+    if with_words:
+        shown["words"] = [
+            {"word": word.text.strip(), "start": round(word.start_s, 2), "end": round(word.end_s, 2)}
+            for word in transcript.words
+        ]
+    return shown
+
+
 def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRouter:
-    """Enrol, list, show and delete voices."""
+    """Enrol, list, show, correct and delete voices."""
     api = APIRouter(prefix="/v1/audio/voices", tags=["voices"])
 
     @api.post("")
@@ -102,7 +139,7 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
         """The caller's own voices and the shared ones in order of enrolment, then those of engines."""
         page = await router.voices(callers.caller(request.scope), limit, after)
         found: list[Voice | BuiltInVoice] = [*page.voices, *page.built_in]
-        voices = [voice_object(voice, settings) for voice in found]
+        voices = [voice_object(voice, settings, with_words=False) for voice in found]
         return {
             "object": "list",
             "data": voices,
@@ -117,6 +154,13 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
     async def get_voice(voice: str, request: Request) -> dict[str, Any]:
         """One voice by id, name or alias."""
         return voice_object(await router.voice(voice, callers.caller(request.scope)), settings)
+
+    @api.patch("/{voice}")
+    async def correct_transcript(voice: str, body: TranscriptBody, request: Request) -> dict[str, Any]:
+        """Say what is said in the recording of a voice."""
+        correction = Correction(text=body.transcript, language=body.language)
+        caller = callers.caller(request.scope)
+        return voice_object(await router.correct_transcript(voice, correction, caller), settings)
 
     @api.delete("/{voice}")
     async def delete_voice(voice: str, request: Request) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from serve_app.errors import VoiceCloneError, from_engine
 from serve_app.protocol import EngineFacts, OneShotReference
 from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
+from serve_app.router.transcription import Transcription
+from serve_app.transcripts.transcript import Transcript
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoiceStore
 from serve_app.voices.voice import BuiltInVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
-_Key = tuple[str, str, str]
+_Key = tuple[str, str, str, str]
 #: In place of a voice's revision, which never begins so.
 _ONE_SHOT = "once:"
 
@@ -57,10 +59,12 @@ class ConditioningSource:
         self._pending: dict[_Key, asyncio.Task[VoiceConditioning]] = {}
         self._refining: set[asyncio.Task[None]] = set()
 
-    async def get(self, voice: Voice, facts: EngineFacts, engine: EngineDispatch) -> VoiceConditioning:
-        """Conditioning of ``voice`` for the weights in ``facts``."""
-        key = (voice.revision, facts.card.name, facts.weights_fingerprint)
-        return await self._shared(key, lambda: self._load(key, voice, facts, engine))
+    async def get(
+        self, voice: Voice, facts: EngineFacts, engine: EngineDispatch, transcript: Transcript | None = None
+    ) -> VoiceConditioning:
+        """Conditioning of ``voice`` for the weights in ``facts``, and for ``transcript`` if that matters."""
+        key = _key(voice, facts.card.name, facts.weights_fingerprint, transcript)
+        return await self._shared(key, lambda: self._load(key, voice, facts, engine, transcript))
 
     async def once(
         self,
@@ -68,6 +72,7 @@ class ConditioningSource:
         facts: EngineFacts,
         engine: EngineDispatch,
         reader: ReferenceReader,
+        transcription: Transcription,
     ) -> VoiceConditioning:
         """Conditioning of a recording that is no voice, through all of ``reader``'s checks.
 
@@ -79,12 +84,15 @@ class ConditioningSource:
                 del self._entries[key]
         content = blake2b(one_shot.audio, digest_size=16)
         content.update(one_shot.transcript.encode())
-        key = (_ONE_SHOT + content.hexdigest(), facts.card.name, facts.weights_fingerprint)
+        key = (_ONE_SHOT + content.hexdigest(), facts.card.name, facts.weights_fingerprint, "")
 
         async def compute() -> VoiceConditioning:
             try:
                 checked = await reader.read(one_shot.audio)
                 reference = checked.as_reference(transcript=one_shot.transcript)
+                transcript, _ = await transcription.of_recording(one_shot.transcript, "", checked, facts.card)
+                if transcript is not None:
+                    reference = transcript.completes(reference)
                 return self._remember(key, await extract(engine, reference))
             except VoiceCloneError as error:
                 error.param = error.param or "ref_audio"
@@ -96,7 +104,7 @@ class ConditioningSource:
         self, voice: BuiltInVoice, facts: EngineFacts, engine: EngineDispatch
     ) -> VoiceConditioning:
         """Conditioning of a voice that comes with the weights in ``facts``."""
-        key = (voice.id, facts.card.name, facts.weights_fingerprint)
+        key = (voice.id, facts.card.name, facts.weights_fingerprint, "")
 
         async def load() -> VoiceConditioning:
             return self._remember(key, await engine.built_in_voice(voice.name))
@@ -120,29 +128,43 @@ class ConditioningSource:
         return await asyncio.shield(task)
 
     async def _load(
-        self, key: _Key, voice: Voice, facts: EngineFacts, engine: EngineDispatch
+        self,
+        key: _Key,
+        voice: Voice,
+        facts: EngineFacts,
+        engine: EngineDispatch,
+        transcript: Transcript | None,
     ) -> VoiceConditioning:
-        stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint)
+        stored = await self._store.conditioning(voice, facts.card.name, facts.weights_fingerprint, transcript)
         if stored is not None:
             return self._remember(key, stored)
         reference = await self._store.reference(voice)
+        if transcript is not None:
+            reference = transcript.completes(reference)
         conditioning = await extract(engine, reference)
-        prepared = await self.keep(voice, conditioning)
-        self.refine_later(voice, reference, conditioning, engine)
+        prepared = await self.keep(voice, conditioning, transcript)
+        self.refine_later(voice, reference, conditioning, engine, transcript)
         return prepared
 
-    async def keep(self, voice: Voice, conditioning: Conditioning) -> VoiceConditioning:
+    async def keep(
+        self, voice: Voice, conditioning: Conditioning, transcript: Transcript | None = None
+    ) -> VoiceConditioning:
         """Remember and store. A store that cannot be written costs a warning: the voice works without."""
-        key = (voice.revision, conditioning.engine, conditioning.weights_fingerprint)
+        key = _key(voice, conditioning.engine, conditioning.weights_fingerprint, transcript)
         prepared = self._remember(key, conditioning)
         try:
-            await self._store.put_conditioning(voice, conditioning)
+            await self._store.put_conditioning(voice, conditioning, transcript)
         except VoiceCloneError as error:
             logger.warning("Conditioning of %s was not stored: %s", voice.id, error.code)
         return prepared
 
     def refine_later(
-        self, voice: Voice, reference: Reference, conditioning: Conditioning, engine: EngineDispatch
+        self,
+        voice: Voice,
+        reference: Reference,
+        conditioning: Conditioning,
+        engine: EngineDispatch,
+        transcript: Transcript | None = None,
     ) -> None:
         """Let the engine refine in the background; the result takes the place of ``conditioning``."""
 
@@ -153,7 +175,7 @@ class ConditioningSource:
                 logger.warning("Conditioning of %s was not refined: %s", voice.id, error.message)
                 return
             if better is not None:
-                await self.keep(voice, better)
+                await self.keep(voice, better, transcript)
 
         task = start_detached(refine())
         self._refining.add(task)
@@ -172,6 +194,10 @@ class ConditioningSource:
             _, oldest = self._entries.popitem(last=False)
             held_bytes -= oldest.conditioning.size_bytes
         return prepared
+
+
+def _key(voice: Voice, engine: str, weights_fingerprint: str, transcript: Transcript | None) -> _Key:
+    return (voice.revision, engine, weights_fingerprint, "" if transcript is None else transcript.digest)
 
 
 async def extract(engine: EngineDispatch, reference: Reference) -> Conditioning:

@@ -63,6 +63,8 @@ from serve_app.router.limits.admission import Admission
 from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
+from serve_app.router.transcription import Transcription
+from serve_app.transcripts.transcript import Correction
 from serve_app.voices.announcements import Announcement, Announcements
 from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.reference import ReferenceReader
@@ -112,7 +114,10 @@ class Router:
 
     # Ray awaits an asynchronous constructor; the type checker does not know of one.
     async def __init__(  # type: ignore[misc]
-        self, engines: dict[str, DeploymentHandle[Any]], settings: Settings
+        self,
+        engines: dict[str, DeploymentHandle[Any]],
+        settings: Settings,
+        transcriber: DeploymentHandle[Any] | None = None,
     ) -> None:
         self._settings = settings
         self._configured = settings
@@ -149,6 +154,11 @@ class Router:
             self._store,
             max_bytes=settings.voices.conditioning_cache_mb << 20,
             ttl_s=settings.voices.conditioning_ttl_s,
+        )
+        self._transcription = Transcription(
+            self._store,
+            transcriber,
+            timeout_s=settings.transcriber.timeout_s if settings.transcriber is not None else 0.0,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -325,13 +335,16 @@ class Router:
         engine = self._engines[name]
         if request.reference is not None:
             language = _language(request.language, text, facts)
-            once = await self._conditioning.once(request.reference, facts, engine, self._reader)
+            once = await self._conditioning.once(
+                request.reference, facts, engine, self._reader, self._transcription
+            )
             return "", language, once
         voice = await self._voice(request.voice, request.caller, name)
         language = _language(request.language, text, facts)
         if isinstance(voice, BuiltInVoice):
             return voice.id, language, await self._conditioning.built_in(voice, facts, engine)
-        return voice.id, language, await self._conditioning.get(voice, facts, engine)
+        transcript = await self._transcription.of_voice(voice, facts.card)
+        return voice.id, language, await self._conditioning.get(voice, facts, engine, transcript)
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -387,18 +400,26 @@ class Router:
         await self._voices.check_new(new.name, new.owner, replace=request.replace)
         checked = await self._reader.read(request.audio)
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
+        # However long the engine takes to come up: the recording cannot be enrolled without it anyway.
+        facts = await self._engine_facts(name, timeout_s=None)
+        transcript, hearing = await self._transcription.of_recording(
+            new.transcript, new.language, checked, facts.card
+        )
+        if transcript is not None:
+            reference = transcript.completes(reference)
         conditioning = await extract(self._engines[name], reference)
         store = self._store.replace if request.replace else self._store.create
-        voice = await store(new, checked)
-        await self._conditioning.keep(voice, conditioning)
-        self._conditioning.refine_later(voice, reference, conditioning, self._engines[name])
-        return voice
+        voice = await store(new, checked, hearing)
+        await self._conditioning.keep(voice, conditioning, transcript)
+        self._conditioning.refine_later(voice, reference, conditioning, self._engines[name], transcript)
+        return await self._with_words(voice)
 
     @answers
     async def voice(self, voice: str, caller: Caller) -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
         await self._meet_engines()
-        return await self._voice(voice, caller)
+        found = await self._voice(voice, caller)
+        return found if isinstance(found, BuiltInVoice) else await self._with_words(found)
 
     @answers
     async def voices(self, caller: Caller, limit: int, after: str | None) -> VoicePage:
@@ -410,6 +431,7 @@ class Router:
             page, built_in = VoicePage((), has_more=False), built_in[ids.index(after) + 1 :]
         else:
             page = await self._voices.list(caller, limit=limit, after=after)
+            page = replace(page, voices=tuple(await asyncio.gather(*map(self._with_words, page.voices))))
         if page.has_more:
             return page
         room = limit - len(page.voices)
@@ -434,6 +456,16 @@ class Router:
         if gone is not None:
             self._conditioning.forget(gone)
         return voice_id
+
+    @answers
+    async def correct_transcript(self, voice: str, correction: Correction, caller: Caller) -> Voice:
+        """Let a person say what is said in the recording of a voice, which changes how it speaks."""
+        found = await self._voices.own(voice, caller)
+        await self._store.correct(found, correction)
+        return await self._with_words(found)
+
+    async def _with_words(self, voice: Voice) -> Voice:
+        return voice.model_copy(update={"words": await self._store.transcript(voice)})
 
     @answers
     async def announcements(self) -> tuple[Announcement, ...]:
@@ -524,7 +556,7 @@ class Router:
             )
         return name
 
-    async def _engine_facts(self, name: str, timeout_s: float = _FACTS_TIMEOUT_S) -> EngineFacts:
+    async def _engine_facts(self, name: str, timeout_s: float | None = _FACTS_TIMEOUT_S) -> EngineFacts:
         if name not in self._facts:
             try:
                 async with asyncio.timeout(timeout_s):

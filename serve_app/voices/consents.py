@@ -27,7 +27,7 @@ from ulid import ULID
 from serve_app.errors import ConsentNotFound
 from serve_app.voices.object_access import ObjectAccess
 from serve_app.voices.reference import CheckedReference
-from serve_app.voices.voice import LANGUAGE, Name, is_owner
+from serve_app.voices.voice import LANGUAGE_PATTERN, Name, is_owner
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -51,7 +51,7 @@ class VoiceConsent(BaseModel):
     id: str = Field(pattern=f"^{_CONSENT_ID.pattern}$")
     owner: str
     name: Name = Field(description="Whose consent it is.")
-    language: str = Field(pattern=LANGUAGE, description="BCP-47 of what is said.")
+    language: str = Field(pattern=LANGUAGE_PATTERN, description="BCP-47 of what is said.")
     created_at: int = Field(description="Seconds since the epoch.")
     duration_s: float = Field(description="Length of the recording.")
     fingerprint: str = Field(description="See ``reference.fingerprint_of``.")

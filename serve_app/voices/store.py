@@ -6,7 +6,9 @@ Layout::
     records/<owner>/<hash of the name>.json                THE voice: one JSON document, a ``Voice``
     voices/<voice id>/record                               where the record of that id is
     voices/<voice id>/<revision>/reference.flac
-    voices/<voice id>/<revision>/conditioning/<engine>-<weights fingerprint>.safetensors
+    voices/<voice id>/<revision>/heard.json                what a recogniser heard in it, created once
+    voices/<voice id>/<revision>/corrected.json            what a person says is said in it, the latest
+    voices/<voice id>/<revision>/conditioning/<engine>-<weights fingerprint>[-<transcript>].safetensors
     announcements/<id>.json                                see ``announcements.py``
     consents/<owner>/…                                     recorded consents: ``consents.py``
 
@@ -16,7 +18,9 @@ record is created with put-if-absent under a key made from the name, which makes
 and "all or nothing" the same atomic operation, for any number of processes on one store.
 
 Replacing a recording keeps the id and writes a new revision beside the old one; the record that names it is
-overwritten last. Blobs of a revision never change.
+overwritten last. Blobs of a revision never change but for the correction, which goes with its recording: a
+transcript that is edited while the voice is replaced or deleted changes neither. Conditioning made with a
+transcript is stored under its digest, so that another transcript never meets it.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -47,6 +51,7 @@ from serve_app.errors import (
     VoiceExists,
     VoiceNotFound,
 )
+from serve_app.transcripts.transcript import Correction, Hearing, Transcript, transcript_of
 from serve_app.voices.local_disk import sweep_directory
 from serve_app.voices.object_access import ObjectAccess, says
 from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
@@ -66,10 +71,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_Words = TypeVar("_Words", Hearing, Correction)
+
 _MARKER: Final = "voice-store.json"
 _LAYOUT: Final = 1
 _PATH_PART: Final = re.compile(r"[a-z0-9][a-z0-9_]{0,63}", re.ASCII)
 _RECORD_KEY: Final = re.compile(r"records/[A-Za-z0-9_-]{1,64}/[0-9a-f]{64}\.json", re.ASCII)
+#: The digest of the transcript in the name of conditioning that was made with one.
+_MADE_WITH: Final = re.compile(r"-[^-/]+-([0-9a-f]{32})\.safetensors$", re.ASCII)
 _READS_AT_ONCE: Final = 64
 _NEXT_STEP: Final = "List voices: GET /v1/audio/voices."
 
@@ -190,7 +199,9 @@ class VoiceStore(ObjectAccess):
             with suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, key)
 
-    async def create(self, new: NewVoice, reference: CheckedReference) -> Voice:
+    async def create(
+        self, new: NewVoice, reference: CheckedReference, hearing: Hearing | None = None
+    ) -> Voice:
         """Enrol a voice. Raises ``VoiceExists`` if its owner has one of that name."""
         key = _record_key(new.owner, new.name)
         async with self._access("enrol"):
@@ -198,7 +209,7 @@ class VoiceStore(ObjectAccess):
             if await self._meta(key) is not None:
                 raise _exists()
             voice = _voice_of(new, reference, f"voice_{ULID()}", int(time.time()))
-            await self._put_blobs(voice, key, reference)
+            await self._put_blobs(voice, key, reference, hearing)
             try:
                 await self._put(key, _record_bytes(voice), mode="create")
             except (BaseError, OSError) as error:
@@ -210,7 +221,9 @@ class VoiceStore(ObjectAccess):
                     raise
         return voice
 
-    async def replace(self, new: NewVoice, reference: CheckedReference) -> Voice:
+    async def replace(
+        self, new: NewVoice, reference: CheckedReference, hearing: Hearing | None = None
+    ) -> Voice:
         """Give the voice of that name and owner a new recording, or enrol it if there is none.
 
         Id and creation time stay. Until the new record is in place the old voice is; its blobs are left to
@@ -229,7 +242,7 @@ class VoiceStore(ObjectAccess):
                 voice = _voice_of(new, reference, f"voice_{ULID()}", int(time.time()))
             else:
                 voice = _voice_of(new, reference, old.id, old.created_at)
-            await self._put_blobs(voice, key, reference)
+            await self._put_blobs(voice, key, reference, hearing)
             try:
                 absent = old is None and not damaged
                 await self._put(key, _record_bytes(voice), mode="create" if absent else "overwrite")
@@ -237,7 +250,7 @@ class VoiceStore(ObjectAccess):
                 if not await self._is_current(voice, key):
                     if isinstance(error, AlreadyExistsError):  # someone enrolled the name meanwhile
                         await self._remove_blobs(voice, pointer=True)
-                        return await self.replace(new, reference)
+                        return await self.replace(new, reference, hearing)
                     raise
             with suppress(BaseError, OSError):
                 # If the voice was deleted meanwhile, a sweep may have taken the pointer since it was written.
@@ -346,10 +359,54 @@ class VoiceStore(ObjectAccess):
             _log.exception("the recording of voice %s is damaged", voice.id)
             raise _damaged() from error
 
-    async def conditioning(self, voice: Voice, engine: str, weights_fingerprint: str) -> Conditioning | None:
-        """What ``put_conditioning`` stored for this recording, engine and weights; None if nothing fits."""
+    async def transcript(self, voice: Voice) -> Transcript | None:
+        """The words of the recording of ``voice`` that count; None if nobody knows any."""
         async with self._access("read"):
-            blob = await self._get(_conditioning_key(voice, engine, weights_fingerprint))
+            heard, corrected = await asyncio.gather(
+                self._get(f"{_blobs(voice)}/heard.json"), self._get(f"{_blobs(voice)}/corrected.json")
+            )
+        return transcript_of(
+            voice.transcript,
+            voice.language,
+            _parsed(Hearing, heard, voice),
+            _parsed(Correction, corrected, voice),
+        )
+
+    async def put_hearing(self, voice: Voice, hearing: Hearing) -> None:
+        """Keep what was heard in the recording of ``voice``, unless it has been heard before."""
+        async with self._access("write"):
+            with suppress(AlreadyExistsError):
+                await self._put(
+                    f"{_blobs(voice)}/heard.json", hearing.model_dump_json().encode(), mode="create"
+                )
+
+    async def correct(self, voice: Voice, correction: Correction) -> None:
+        """Keep what a person says is said in the recording of ``voice``, in place of what they said before.
+
+        Conditioning that was made with other words is not used again, and what there is of it goes.
+        """
+        async with self._access("write"):
+            await self._put(
+                f"{_blobs(voice)}/corrected.json", correction.model_dump_json().encode(), mode="overwrite"
+            )
+        counts = await self.transcript(voice)
+        digest = "" if counts is None else counts.digest
+        async with self._access("write"):
+            for meta in await self._list(f"{_blobs(voice)}/conditioning"):
+                made_with = _MADE_WITH.search(meta["path"])
+                if made_with is not None and made_with[1] != digest:
+                    with suppress(FileNotFoundError):
+                        await obstore.delete_async(self._store, meta["path"])
+
+    async def conditioning(
+        self, voice: Voice, engine: str, weights_fingerprint: str, transcript: Transcript | None = None
+    ) -> Conditioning | None:
+        """What ``put_conditioning`` stored for this recording, engine and weights; None if nothing fits.
+
+        ``transcript``: for an engine that uses it, the one to be used.
+        """
+        async with self._access("read"):
+            blob = await self._get(_conditioning_key(voice, engine, weights_fingerprint, transcript))
         if blob is None:
             return None
         try:
@@ -360,10 +417,12 @@ class VoiceStore(ObjectAccess):
         fits = (found.engine, found.weights_fingerprint) == (engine, weights_fingerprint)
         return found if fits else None
 
-    async def put_conditioning(self, voice: Voice, conditioning: Conditioning) -> None:
-        """Keep ``conditioning`` with the recording it was computed from."""
+    async def put_conditioning(
+        self, voice: Voice, conditioning: Conditioning, transcript: Transcript | None = None
+    ) -> None:
+        """Keep ``conditioning`` with the recording, and the transcript, that it was computed from."""
         blob = await asyncio.to_thread(conditioning.to_bytes)
-        key = _conditioning_key(voice, conditioning.engine, conditioning.weights_fingerprint)
+        key = _conditioning_key(voice, conditioning.engine, conditioning.weights_fingerprint, transcript)
         async with self._access("write"):
             await self._put(key, blob, mode="overwrite")
 
@@ -461,9 +520,15 @@ class VoiceStore(ObjectAccess):
         entry = self._cache.get(meta["path"])
         return entry is not None and entry.version == _version(meta)
 
-    async def _put_blobs(self, voice: Voice, key: str, reference: CheckedReference) -> None:
+    async def _put_blobs(
+        self, voice: Voice, key: str, reference: CheckedReference, hearing: Hearing | None
+    ) -> None:
         try:
             await self._put(f"{_blobs(voice)}/reference.flac", reference.flac, mode="create")
+            if hearing is not None:
+                await self._put(
+                    f"{_blobs(voice)}/heard.json", hearing.model_dump_json().encode(), mode="create"
+                )
             await self._put(_pointer(voice.id), key.encode(), mode="overwrite")
         except (BaseError, OSError):
             # Without a record nobody can have seen them. The pointer may be that of a voice to be replaced.
@@ -539,16 +604,31 @@ def _pointer(voice_id: str) -> str:
     return f"voices/{voice_id}/record"
 
 
-def _conditioning_key(voice: Voice, engine: str, weights_fingerprint: str) -> str:
+def _conditioning_key(
+    voice: Voice, engine: str, weights_fingerprint: str, transcript: Transcript | None
+) -> str:
     parts = [
         part if _PATH_PART.fullmatch(part) else hashlib.sha256(part.encode()).hexdigest()
         for part in (engine, weights_fingerprint)
     ]
+    if transcript is not None:
+        parts.append(transcript.digest)
     return f"{_blobs(voice)}/conditioning/{'-'.join(parts)}.safetensors"
 
 
 def _record_bytes(voice: Voice) -> bytes:
     return voice.model_dump_json(indent=1).encode()
+
+
+def _parsed(kind: type[_Words], blob: bytes | None, voice: Voice) -> _Words | None:
+    if blob is None:
+        return None
+    try:
+        return kind.model_validate_json(blob)
+    except ValueError:
+        # What was heard is heard again, and a person sees that the correction is gone: the voice is not lost.
+        _log.error("the %s of voice %s is damaged and left out", kind.__name__.lower(), voice.id)
+        return None
 
 
 def _parse_record(key: str, blob: bytes) -> Voice:

@@ -93,6 +93,13 @@ class VisibleVoices:
             raise _not_yours() from None
         return (gone.id if gone else wanted), gone
 
+    async def own(self, voice: str, caller: Caller) -> Voice:
+        """A voice that ``caller`` may change. Raises ``VoiceNotFound``, ``VoiceForbidden`` for another's."""
+        found = await self.get(voice, caller)
+        if found.owner != caller.owner and not caller.admin:
+            raise _not_yours()
+        return found
+
     def _owners(self, caller: Caller) -> tuple[str, ...]:
         return tuple(dict.fromkeys([caller.owner, *self._shared_owners]))
 
@@ -106,6 +113,6 @@ class VisibleVoices:
 
 def _not_yours() -> VoiceForbidden:
     return VoiceForbidden(
-        "This voice is shared with you; only its owner or an admin may delete it. Ask one of them.",
+        "This voice is shared with you; only its owner or an admin may change it. Ask one of them.",
         param="voice",
     )

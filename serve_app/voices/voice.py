@@ -10,13 +10,15 @@ from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from serve_app.transcripts.transcript import Transcript
+
 #: Owner of voices that belong to nobody in particular.
 PUBLIC: Final = "public"
 
 _VOICE_ID: Final = re.compile(r"voice_[0-7][0-9A-HJKMNP-TV-Z]{25}", re.ASCII)
 _OWNER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", re.ASCII)
 #: BCP-47, or nothing.
-LANGUAGE: Final = r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*)?$"
+LANGUAGE_PATTERN: Final = r"^([A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*)?$"
 _MAX_NAME: Final = 100
 
 
@@ -82,7 +84,7 @@ class NewVoice(BaseModel):
     owner: str = Field(
         default=PUBLIC, pattern=f"^{_OWNER.pattern}$", description="Whose voice list it is in."
     )
-    language: str = Field(default="", pattern=LANGUAGE, description="BCP-47, empty if unknown.")
+    language: str = Field(default="", pattern=LANGUAGE_PATTERN, description="BCP-47, empty if unknown.")
     transcript: str = Field(default="", max_length=5_000, description="What is said, empty if unknown.")
     description: str = Field(default="", max_length=1_000, description="Free text.")
     consent: Consent | None = None
@@ -99,7 +101,7 @@ class Voice(BaseModel):
     name: Name
     owner: str = Field(pattern=f"^{_OWNER.pattern}$")
     language: str = ""
-    transcript: str = ""
+    transcript: str = Field(default="", description="What was said at enrolment to be said; see ``words``.")
     description: str = ""
     consent: Consent | None = None
     created_at: int = Field(description="Seconds since the epoch.")
@@ -107,3 +109,8 @@ class Voice(BaseModel):
     sample_rate_hz: int = Field(description="Sample rate of the reference recording.")
     fingerprint: str = Field(description="See ``reference.fingerprint_of``.")
     warnings: tuple[str, ...] = ()
+    words: Transcript | None = Field(
+        default=None,
+        exclude=True,
+        description="The words that count, where someone asked the store for them; no part of the record.",
+    )

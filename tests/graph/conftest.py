@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +22,13 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.util import list_named_actors
 
 from benchmarks.ports import free_port
+from engines.registry import GROUP
 from serve_app.app import APP_NAME, build_app, router_handle
 from serve_app.config import Settings
 from serve_app.environment import prepare_environment
 from serve_app.protocol import ReplicaActivity, RouterActivity
 from tests.speech import noisy_tone, wav_bytes
+from tests.whisper import whisper_folder
 
 TICKET = Path(tempfile.gettempdir()) / f"voice-clone-fault-{os.getpid()}"
 
@@ -104,9 +107,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "replicas": {"num_cpus": 0.1},
         "runtime_env": _without_espeak(tmp_path_factory.mktemp("site")),
     }
+    plug_in = tmp_path_factory.mktemp("plug_in")
+    search_path = os.pathsep.join([_declared_in(plug_in), str(Path(__file__).parents[2])])
+    reading = {"replicas": {"num_cpus": 0.1}, "runtime_env": {"env_vars": {"PYTHONPATH": search_path}}}
     settings = {
         **SETTINGS,
-        "engines": {**SETTINGS["engines"], "english": english},
+        "engines": {**SETTINGS["engines"], "english": english, "reading": reading},
+        "transcriber": {"model": str(whisper_folder()), "replicas": {"num_cpus": 0.1}},
         "voices": {"store": str(store), "aliases": {"alloy": "anna"}},
     }
     port = free_port()
@@ -115,7 +122,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         serve.start(
             proxy_location=ProxyLocation.HeadOnly, http_options=HTTPOptions(host="127.0.0.1", port=port)
         )
-        serve.run(build_app(Settings.model_validate(settings)), name=APP_NAME, external_scaler_enabled=True)
+        # Not for longer: other tests look at all engines that are installed.
+        sys.path.append(str(plug_in))
+        app = build_app(Settings.model_validate(settings))
+        sys.path.remove(str(plug_in))
+        serve.run(app, name=APP_NAME, external_scaler_enabled=True)
         url = f"http://127.0.0.1:{port}"
         openai = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         with httpx.Client(base_url=url, timeout=60) as http:
@@ -131,6 +142,15 @@ def _without_espeak(folder: Path) -> dict[str, Any]:
     """A runtime environment in which the package of the espeak extra cannot be imported."""
     (folder / "sitecustomize.py").write_text('import sys\nsys.modules["espeakng_loader"] = None\n')
     return {"env_vars": {"PYTHONPATH": str(folder)}}
+
+
+def _declared_in(folder: Path) -> str:
+    """Declare the reading engine in ``folder``, as another distribution would."""
+    facts = folder / "reading_engine-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: reading-engine\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text(f"[{GROUP}]\nreading = tests.reading_engine:ReadingEngine\n")
+    return str(folder)
 
 
 def activity(engine: str) -> list[ReplicaActivity]:

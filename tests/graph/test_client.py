@@ -43,6 +43,13 @@ def test_enrol_speak_list_delete(tts: Client, tmp_path: Path) -> None:
     assert voice not in tts.voices()
 
 
+def test_a_transcript_is_corrected(tts: Client, server: Server) -> None:
+    for text in ("La la la.", ""):
+        tts.correct_transcript("anna", text, language="en")
+        shown = server.http.get("/v1/audio/voices/anna").json()["transcript"]
+        assert (shown and (shown["text"], shown["source"])) == (("La la la.", "edited") if text else None)
+
+
 def test_both_clients_hear_the_same(server: Server) -> None:
     with HandleClient() as handle, HttpClient(server.url) as http:
         one = handle.speak("The same words. And more words.", "anna", engine="tone", seed=9)
