@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from serve_app.config import ApiKey, Settings, Settings
+from serve_app.config import ApiKey, Settings
 from serve_app.ingress import openai
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import Caller, Priority, SpeechRequest
