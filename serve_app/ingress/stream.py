@@ -50,14 +50,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from pydantic import Field, ValidationError
 from ulid import ULID
 
-from serve_app.audio.encode import AudioFormat, StreamEncoder
+from serve_app.audio.encode import AudioFormat
 from serve_app.config import Settings
 from serve_app.errors import (
     BodyTooLarge,
@@ -74,11 +74,12 @@ from serve_app.errors import (
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.data_url import encoded_length
-from serve_app.ingress.live_turn import Stretch, Stretches, Turn
-from serve_app.ingress.problems import error_member, from_validation
+from serve_app.ingress.live_socket import LiveSocket
+from serve_app.ingress.live_turn import Stretches, Turn
+from serve_app.ingress.problems import from_validation
 from serve_app.ingress.speech_body import SpeechOptions
 from serve_app.ingress.written_text import Granularity
-from serve_app.protocol import AudioFrame, OneShotReference, SpeechRequest
+from serve_app.protocol import OneShotReference, SpeechRequest
 
 logger = logging.getLogger("ray.serve")
 
@@ -134,7 +135,8 @@ class _Live:
     """One session: a reader that takes messages in, and a speaker that speaks the turns they make."""
 
     def __init__(self, socket: WebSocket, router: RouterHandle, callers: Callers, settings: Settings) -> None:
-        self._socket = socket
+        self._socket = LiveSocket(socket)
+        self._scope = socket.scope
         self._router = router
         self._callers = callers
         self._limits = settings.limits
@@ -176,7 +178,7 @@ class _Live:
 
     async def refuse(self, error: VoiceCloneError, code: int = 1013) -> None:
         """Say why, and close."""
-        await self._tell_error(error)
+        await self._socket.tell_error(error)
         await self._socket.close(code)
 
     @staticmethod
@@ -229,7 +231,7 @@ class _Live:
         try:
             return await self._act(self._parse(raw))
         except VoiceCloneError as error:
-            await self._tell_error(error)
+            await self._socket.tell_error(error)
             return True
 
     def _parse(self, raw: str | None) -> dict[str, Any]:
@@ -337,7 +339,7 @@ class _Live:
             self._speaking.cancel()
             # Its frames are closed, and with them the engine's work, before the client is told.
             await asyncio.wait({self._speaking})
-        await self._tell(
+        await self._socket.tell(
             "session.interrupted",
             utterance_index=self._next_index - 1,
             sent_ms=round(spoken[0].sent_ms) if spoken else 0,
@@ -358,12 +360,14 @@ class _Live:
             finally:
                 self._speaking.cancel()
                 await asyncio.wait({self._speaking})
-            if self._speaking.cancelled() or turn not in self._turns:
+            if self._speaking.cancelled():
                 continue  # interrupted
             stretches = self._speaking.result()
+            if turn not in self._turns:
+                continue  # interrupted when it had just ended
             self._turns.remove(turn)
             done = {"utterance_index": turn.index, "total_sentences": stretches}
-            await self._tell("session.done", **done, **({"failed": True} if turn.failed else {}))
+            await self._socket.tell("session.done", **done, **({"failed": True} if turn.failed else {}))
 
     async def _speak_turn(self, turn: Turn) -> int:
         """Speak a turn while it is written; says in how many stretches. An error ends it and is told."""
@@ -373,7 +377,7 @@ class _Live:
             while (stretch := await stretches.next()) is not None:
                 self._sounding = True
                 try:
-                    await self._play(turn, spoken, stretch)
+                    await self._socket.play(turn, spoken, stretch)
                 finally:
                     self._sounding = False
                 spoken += 1
@@ -381,54 +385,12 @@ class _Live:
             raise _SessionEnds(error, 1012) from error
         except VoiceCloneError as error:
             turn.fail()
-            await self._tell_error(error, utterance_index=turn.index)
+            await self._socket.tell_error(error, utterance_index=turn.index)
         finally:
             await stretches.close()
         return spoken
 
     def _request(self, turn: Turn) -> SpeechRequest:
-        caller = self._callers.caller(self._socket.scope)
+        caller = self._callers.caller(self._scope)
         priority = self._callers.priority(caller, turn.config.priority)
         return turn.config.request("", f"{self._id}-{turn.index}", caller, priority, turn.reference)
-
-    async def _play(self, turn: Turn, index: int, stretch: Stretch) -> None:
-        """Send one stretch."""
-        started, config = stretch.started, turn.config
-        place = {"utterance_index": turn.index, "sentence_index": index}
-        async with aclosing(stretch.frames) as frames:
-            encoder = StreamEncoder(
-                config.response_format, started.sample_rate_hz, sample_rate_hz=config.sample_rate
-            )
-            try:
-                await self._tell(
-                    "audio.start",
-                    **place,
-                    sentence_text=stretch.text,
-                    format=config.response_format.value,
-                    sample_rate=encoder.sample_rate_hz,
-                    channels=1,
-                    engine=started.engine,
-                    voice_id=started.voice_id or None,
-                    language=started.language,
-                    seed=started.seed,
-                )
-                async for frame in frames:
-                    if not isinstance(frame, AudioFrame):
-                        continue
-                    await self._sound(await asyncio.to_thread(encoder.encode, frame.samples))
-                    turn.sent_ms += 1000 * len(frame.samples) / started.sample_rate_hz
-                await self._sound(await asyncio.to_thread(encoder.finish))
-            finally:
-                encoder.close()
-        duration_ms = round(1000 * encoder.frames / encoder.sample_rate_hz)
-        await self._tell("audio.done", **place, duration_ms=duration_ms)
-
-    async def _sound(self, data: bytes) -> None:
-        if data:
-            await self._socket.send_bytes(data)
-
-    async def _tell(self, kind: str, **fields: Any) -> None:
-        await self._socket.send_text(json.dumps({"type": kind, **fields}))
-
-    async def _tell_error(self, error: VoiceCloneError, **fields: Any) -> None:
-        await self._tell("error", message=error.message, error=error_member(error), **fields)
