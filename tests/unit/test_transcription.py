@@ -73,7 +73,7 @@ SAID = hearing("Hello", " there.")
 async def test_an_engine_that_wants_no_transcript_costs_no_hearing(store: VoiceStore) -> None:
     transcriber = answering(SAID)
     assert await transcription(store, transcriber).of_voice(await anna(store), PLAIN) is None
-    assert await transcription(store, transcriber).of_recording(NewVoice(name="ben"), CLIP, PLAIN) == (
+    assert await transcription(store, transcriber).of_recording("", "", CLIP, PLAIN) == (
         None,
         None,
     )
@@ -93,8 +93,7 @@ async def test_a_voice_is_heard_once_and_kept(store: VoiceStore) -> None:
 
 
 async def test_a_new_recording_is_heard_before_it_is_a_voice(store: VoiceStore) -> None:
-    new = NewVoice(name="anna", language="en")
-    counts, heard = await transcription(store, answering(SAID)).of_recording(new, CLIP, NEEDS)
+    counts, heard = await transcription(store, answering(SAID)).of_recording("", "en", CLIP, NEEDS)
     assert counts is not None
     assert (counts.text, heard) == ("Hello there.", SAID)
 
@@ -121,8 +120,7 @@ async def test_known_words_do_without_a_transcriber_that_fails(store: VoiceStore
     known = await transcription(store, ill).of_voice(voice, CUTS)
     assert known is not None
     assert (known.text, known.words) == ("Hello.", ())
-    new = NewVoice(name="ben", transcript="Hello.")
-    counts, heard = await transcription(store, ill).of_recording(new, CLIP, CUTS)
+    counts, heard = await transcription(store, ill).of_recording("Hello.", "", CLIP, CUTS)
     assert (counts, heard) == (known, None)
 
 
@@ -132,9 +130,9 @@ async def test_without_a_transcriber_the_engine_decides(store: VoiceStore) -> No
     with pytest.raises(TranscriptNeeded, match=r"'reading' needs.*ref_text.*PATCH"):
         await words.of_voice(voice, NEEDS)
     with pytest.raises(TranscriptNeeded):
-        await words.of_recording(NewVoice(name="ben"), CLIP, NEEDS)
+        await words.of_recording("", "", CLIP, NEEDS)
     assert await words.of_voice(voice, LIKES) is None
-    assert await words.of_recording(NewVoice(name="ben"), CLIP, LIKES) == (None, None)
+    assert await words.of_recording("", "", CLIP, LIKES) == (None, None)
     await store.correct(voice, Correction(text="Hello."))
     assert await words.of_voice(voice, NEEDS) is not None
 
