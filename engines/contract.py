@@ -194,11 +194,12 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A checked recording of the speaker to clone.
+    """One or several checked recordings of the speaker to clone, one after the other.
 
     ``samples``: mono float32 in [-1, 1], shape [n]; ``sample_rate_hz``: 8 000 to 192 000;
     ``transcript``: what is said, empty if unknown; ``language``: BCP-47 or empty if unknown;
-    ``words``: ``transcript`` in timed pieces, in order, empty if the times are unknown.
+    ``words``: ``transcript`` in timed pieces, in order, empty if the times are unknown;
+    ``cuts``: where in ``samples`` the second recording begins, the third and so on.
     """
 
     samples: Samples
@@ -206,11 +207,17 @@ class Reference:
     transcript: str = ""
     language: str = ""
     words: tuple[Word, ...] = ()
+    cuts: tuple[int, ...] = ()
 
     @property
     def duration_s(self) -> float:
         """Length in seconds."""
         return len(self.samples) / self.sample_rate_hz
+
+    @property
+    def recordings(self) -> list[Samples]:
+        """``samples``, a recording at a time."""
+        return np.split(self.samples, self.cuts)
 
 
 @dataclass(frozen=True, slots=True)

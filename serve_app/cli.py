@@ -101,7 +101,7 @@ def speak(
 @voices_app.command("add")
 def voices_add(
     name: Annotated[str, typer.Argument(help="Name of the new voice.")],
-    recording: Annotated[Path, typer.Argument(help="Recording of one speaker, 1 to 30 s.")],
+    recordings: Annotated[list[Path], typer.Argument(help="Recordings of one speaker, 1 to 30 s each.")],
     consent: Annotated[str, typer.Option(help="The speaker's consent statement.")] = "",
     transcript: Annotated[str, typer.Option(help="What is said in the recording.")] = "",
     language: Annotated[str, typer.Option(help="BCP-47 language of the recording.")] = "",
@@ -111,7 +111,7 @@ def voices_add(
     """Enrol a voice; its id goes to standard output."""
     with _client(server) as tts, console.status("Enrolling…"):
         voice = tts.enrol(
-            name, recording, consent=consent, transcript=transcript, language=language, replace=replace
+            name, recordings, consent=consent, transcript=transcript, language=language, replace=replace
         )
     for warning in voice.warnings:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import io
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -136,19 +136,21 @@ class Client(ABC):
     def enrol(
         self,
         name: str,
-        recording: Recording,
+        recording: Recording | Sequence[Recording],
         *,
         consent: str = "",
         transcript: str = "",
         language: str = "",
         replace: bool = False,
     ) -> VoiceInfo:
-        """Make a voice of a recording of one speaker."""
-        audio = recording if isinstance(recording, bytes) else Path(recording).read_bytes()
+        """Make a voice of one or several recordings of one speaker."""
+        recordings = [recording] if isinstance(recording, (bytes, str, Path)) else recording
+        audio, *more_audio = [one if isinstance(one, bytes) else Path(one).read_bytes() for one in recordings]
         return self._enrol(
             EnrolRequest(
                 name,
                 audio,
+                tuple(more_audio),
                 consent=consent,
                 transcript=transcript,
                 language=language,
@@ -312,8 +314,8 @@ class HttpClient(Client):
             "language": request.language,
             "replace": str(request.replace).lower(),
         }
-        sample = {"audio_sample": ("sample", request.audio)}
-        return _voice_info(self._json("POST", "/v1/audio/voices", data=form, files=sample))
+        samples = [("audio_sample", ("sample", audio)) for audio in (request.audio, *request.more_audio)]
+        return _voice_info(self._json("POST", "/v1/audio/voices", data=form, files=samples))
 
     def voices(self) -> list[VoiceInfo]:
         """All voices in order of enrolment, and behind them those that come with an engine."""

@@ -143,6 +143,8 @@ class EnrolRequest:
 
     name: str
     audio: bytes
+    #: Further recordings of the same speaker.
+    more_audio: tuple[bytes, ...] = ()
     #: A statement, or the id of a recorded consent.
     consent: str = ""
     transcript: str = ""

@@ -14,7 +14,7 @@ import torchaudio
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.contract import Reference, ReferenceUnusable
+from engines.contract import Reference, ReferenceUnusable, Samples
 from engines.xtts.model_files import XttsModel
 
 LATENTS, EMBEDDING = "gpt_cond_latent", "speaker_embedding"
@@ -28,7 +28,8 @@ _SILENCE_LEVEL = 1e-3
 def extract_voice(model: XttsModel, reference: Reference, min_reference_s: float) -> dict[str, NDArray[Any]]:
     """Latents [32, width] and embedding [512], float32.
 
-    Uses the first ``max_ref_len`` seconds. Raises ``ReferenceUnusable`` if it is too short or silent.
+    Uses the first ``max_ref_len`` seconds of each recording: latents of all of them in a row, and the mean of
+    their embeddings. Raises ``ReferenceUnusable`` if it is too short or silent.
     """
     if reference.duration_s < min_reference_s:
         raise ReferenceUnusable(
@@ -40,17 +41,24 @@ def extract_voice(model: XttsModel, reference: Reference, min_reference_s: float
             "The recording is silent.", next_step="Record the speaker again, closer to the microphone."
         )
     config, network = model.config, model.network
-    audio = torch.from_numpy(np.ascontiguousarray(reference.samples, np.float32))[None]
-    if reference.sample_rate_hz != _REFERENCE_RATE_HZ:
-        audio = torchaudio.functional.resample(audio, reference.sample_rate_hz, _REFERENCE_RATE_HZ)
-    audio = audio.clip(-1, 1)[:, : _REFERENCE_RATE_HZ * config.max_ref_len]
-    if config.sound_norm_refs:
-        audio = audio / audio.abs().max() * 0.75
-    embedding = network.get_speaker_embedding(audio, _REFERENCE_RATE_HZ)
+    recordings = [_prepared(samples, reference.sample_rate_hz, config) for samples in reference.recordings]
+    embeddings = [network.get_speaker_embedding(audio, _REFERENCE_RATE_HZ) for audio in recordings]
     latents = network.get_gpt_cond_latents(
-        audio, _REFERENCE_RATE_HZ, length=config.gpt_cond_len, chunk_length=config.gpt_cond_chunk_len
+        torch.cat(recordings, dim=1),
+        _REFERENCE_RATE_HZ,
+        length=config.gpt_cond_len,
+        chunk_length=config.gpt_cond_chunk_len,
     )
-    return arrays(latents[0], embedding.reshape(-1))
+    return arrays(latents[0], torch.stack(embeddings).mean(0).reshape(-1))
+
+
+def _prepared(samples: Samples, sample_rate_hz: int, config: Any) -> Tensor:
+    """One recording [1, n] as coqui-tts reads it from a file."""
+    audio = torch.from_numpy(np.ascontiguousarray(samples, np.float32))[None]
+    if sample_rate_hz != _REFERENCE_RATE_HZ:
+        audio = torchaudio.functional.resample(audio, sample_rate_hz, _REFERENCE_RATE_HZ)
+    audio = audio.clip(-1, 1)[:, : _REFERENCE_RATE_HZ * config.max_ref_len]
+    return audio / audio.abs().max() * 0.75 if config.sound_norm_refs else audio
 
 
 def arrays(latents: Tensor, embedding: Tensor) -> dict[str, NDArray[Any]]:

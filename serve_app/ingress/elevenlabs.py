@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from serve_app.audio.encode import AudioFormat
 from serve_app.config import Settings
-from serve_app.errors import ModelNotFound, UnsupportedFormat, UnsupportedOption
+from serve_app.errors import ModelNotFound, UnsupportedFormat
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
@@ -141,13 +141,13 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
         description: Annotated[str, Form(max_length=1000)] = "",
         consent: Annotated[str, Form(max_length=2000, description="Ours: statement or consent id.")] = "",
     ) -> dict[str, Any]:
-        """Make a voice of a recording."""
-        if len(files) > 1:
-            raise UnsupportedOption("A voice is made of one recording here. Send one file.", param="files")
+        """Make a voice of one or several recordings."""
+        first, *more = [await file.read() for file in files]
         voice = await router.enrol(
             EnrolRequest(
                 name=name,
-                audio=await files[0].read(),
+                audio=first,
+                more_audio=tuple(more),
                 consent=consent,
                 description=description,
                 request_id=request.state.request_id,

@@ -94,7 +94,9 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
     @api.post("")
     async def enrol(
         request: Request,
-        audio_sample: Annotated[UploadFile, File(description="1 to 30 s of one speaker.")],
+        audio_sample: Annotated[
+            list[UploadFile], File(description="1 to 30 s of one speaker; several times if you have more.")
+        ],
         name: Annotated[str, Form(min_length=1, max_length=100)],
         consent: Annotated[
             str,
@@ -107,16 +109,18 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
         replace: Annotated[bool, Form(description="Replace a voice of this name.")] = False,
         kind: Annotated[str, Form(alias="type", description="'audio_sample' only.")] = "audio_sample",
     ) -> dict[str, Any]:
-        """Make a voice of a recording."""
+        """Make a voice of one or several recordings."""
         if kind != "audio_sample":
             raise UnsupportedOption(
                 "Voices are made of recordings only. Send type 'audio_sample' with 'audio_sample'.",
                 param="type",
             )
+        first, *more = [await sample.read() for sample in audio_sample]
         voice = await router.enrol(
             EnrolRequest(
                 name=name,
-                audio=await audio_sample.read(),
+                audio=first,
+                more_audio=tuple(more),
                 consent=consent,
                 transcript=ref_text,
                 language=language,

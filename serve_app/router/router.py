@@ -68,6 +68,7 @@ from serve_app.transcripts.transcript import Correction
 from serve_app.voices.announcements import Announcement, Announcements
 from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.reference import ReferenceReader
+from serve_app.voices.several_recordings import read_recordings
 from serve_app.voices.store import VoicePage, VoiceStore
 from serve_app.voices.visible import VisibleVoices
 from serve_app.voices.voice import BuiltInVoice, Consent, NewVoice, Voice
@@ -398,7 +399,7 @@ class Router:
         name = self._engine_name(request.model)
         new = _new_voice(request, consent)
         await self._voices.check_new(new.name, new.owner, replace=request.replace)
-        checked = await self._reader.read(request.audio)
+        checked = await read_recordings(self._reader, [request.audio, *request.more_audio])
         reference = checked.as_reference(transcript=new.transcript, language=new.language)
         # However long the engine takes to come up: the recording cannot be enrolled without it anyway.
         facts = await self._engine_facts(name, timeout_s=None)

@@ -81,6 +81,8 @@ class ReferenceLimits(BaseModel):
         default=1.0, gt=0, le=60, description="Least speech, after silence at both ends is cut."
     )
     max_reference_s: float = Field(default=30.0, gt=1, le=600, description="Longest recording.")
+    max_recordings: int = Field(default=5, ge=1, le=50, description="Recordings of one voice.")
+    max_total_s: float = Field(default=60.0, gt=1, le=600, description="Longest sum of all its recordings.")
     on_too_long: Literal["refuse", "trim"] = Field(
         default="refuse", description="A longer recording is refused, or its beginning is used."
     )
@@ -114,7 +116,7 @@ class CheckedReference:
 
     ``samples``: mono float32, shape [n], exactly what ``flac`` decodes to. ``sample_rate_hz``: 8 000 to
     48 000. ``duration_s``: length in seconds. ``warnings``: sentences about what makes it a poor reference.
-    ``fingerprint``: see ``fingerprint_of``.
+    ``fingerprint``: see ``fingerprint_of``. ``cuts``: see ``engines.contract.Reference``.
     """
 
     samples: Samples
@@ -123,10 +125,11 @@ class CheckedReference:
     warnings: tuple[str, ...]
     flac: bytes
     fingerprint: str
+    cuts: tuple[int, ...] = ()
 
     def as_reference(self, *, transcript: str = "", language: str = "") -> Reference:
         """What an engine takes."""
-        return Reference(self.samples, self.sample_rate_hz, transcript, language)
+        return Reference(self.samples, self.sample_rate_hz, transcript, language, cuts=self.cuts)
 
 
 def fingerprint_of(samples: Samples, sample_rate_hz: int) -> str:

@@ -587,6 +587,7 @@ def _voice_of(new: NewVoice, reference: CheckedReference, voice_id: str, created
         sample_rate_hz=reference.sample_rate_hz,
         fingerprint=reference.fingerprint,
         warnings=reference.warnings,
+        cuts=reference.cuts,
     )
 
 
@@ -655,7 +656,7 @@ def _decode_reference(voice: Voice, flac: bytes) -> Reference:
     samples, sample_rate_hz = decode_flac(flac)
     if fingerprint_of(samples, sample_rate_hz) != voice.fingerprint:
         raise AudioUndecodable("The recording is not the one that was enrolled. Enrol the voice again.")
-    return Reference(samples, sample_rate_hz, voice.transcript, voice.language)
+    return Reference(samples, sample_rate_hz, voice.transcript, voice.language, cuts=voice.cuts)
 
 
 def _operator_sentence(place: str, error: Exception) -> str:

@@ -109,6 +109,9 @@ class Voice(BaseModel):
     sample_rate_hz: int = Field(description="Sample rate of the reference recording.")
     fingerprint: str = Field(description="See ``reference.fingerprint_of``.")
     warnings: tuple[str, ...] = ()
+    cuts: tuple[int, ...] = Field(
+        default=(), description="Where in the reference, in samples, a further recording begins."
+    )
     words: Transcript | None = Field(
         default=None,
         exclude=True,

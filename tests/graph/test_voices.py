@@ -52,6 +52,18 @@ def test_a_voice_from_enrolment_to_deletion(server: Server) -> None:
     assert server.http.delete(f"/v1/audio/voices/{voice['id']}").status_code == 404
 
 
+def test_a_voice_of_several_recordings(server: Server) -> None:
+    samples = [("audio_sample", ("clip", wav_bytes(noisy_tone(pitch_hz)))) for pitch_hz in (140.0, 150.0)]
+    answer = server.http.post("/v1/audio/voices", data={"name": "in two parts"}, files=samples)
+    assert answer.status_code == 200, answer.text
+    assert 4 < answer.json()["duration_s"] < 6.4
+    assert pcm(server, "in two parts") != pcm(server, "anna")
+    silent = [*samples, ("audio_sample", ("clip", wav_bytes(np.zeros(24_000, np.float32))))]
+    refused = server.http.post("/v1/audio/voices", data={"name": "in three"}, files=silent)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["message"].startswith("Recording 3 of 3: ")
+
+
 def test_list_comes_in_pages(server: Server) -> None:
     ids = [enrol(server, f"page {n}", wav_bytes(noisy_tone(150.0 + n))).json()["id"] for n in range(3)]
     seen: list[str] = []

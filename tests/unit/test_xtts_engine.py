@@ -136,6 +136,18 @@ def test_conditioning_is_coquis(pair: Pair) -> None:
     np.testing.assert_allclose(pair.voice.arrays["speaker_embedding"], embedding.reshape(-1), atol=1e-5)
 
 
+def test_conditioning_of_several_recordings_is_coquis(pair: Pair) -> None:
+    recordings = [noisy_tone(210.0, 5.0, rate_hz=22_050), noisy_tone(190.0, 7.0, rate_hz=22_050)]
+    several = Reference(np.concatenate(recordings), 22_050, cuts=(len(recordings[0]),))
+    tensors = [torch.from_numpy(recording)[None] for recording in recordings]
+    latents = pair.coqui.get_gpt_cond_latents(torch.cat(tensors, 1), 22_050, length=30, chunk_length=4)
+    embeddings = [pair.coqui.get_speaker_embedding(tensor, 22_050) for tensor in tensors]
+    voice = pair.engine.extract_voice(several)
+    np.testing.assert_allclose(voice.arrays["gpt_cond_latent"], latents[0], atol=1e-5)
+    mean = torch.stack(embeddings).mean(0).reshape(-1)
+    np.testing.assert_allclose(voice.arrays["speaker_embedding"], mean, atol=1e-5)
+
+
 @pytest.mark.parametrize("language", SENTENCES)
 def test_greedy_tokens_are_coquis(pair: Pair, language: str) -> None:
     row = Row(pair, SENTENCES[language], language, pair.voice, Sampling(0, 50, 0.85, 5.0))
