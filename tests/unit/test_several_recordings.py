@@ -36,7 +36,8 @@ async def test_one_recording_is_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"), [(b"RIFF....WAVE", AudioUndecodable), (wav_bytes(np.zeros(48_000)), NoSpeechDetected)]
+    ("bad", "error"),
+    [(b"RIFF....WAVE", AudioUndecodable), (wav_bytes(np.zeros(48_000, np.float32)), NoSpeechDetected)],
 )
 async def test_each_has_to_be_a_reference_itself(bad: bytes, error: type[Exception]) -> None:
     with pytest.raises(error, match="Recording 2 of 3: "):
