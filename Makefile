@@ -30,6 +30,7 @@ bench: setup  ## Every benchmark in its quick form
 	$(BIN)/python benchmarks/router.py --quick
 	$(BIN)/python benchmarks/xtts.py --quick
 	$(BIN)/python benchmarks/openvoice.py --quick
+	$(BIN)/python benchmarks/gpt_sovits.py --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py
