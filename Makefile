@@ -30,6 +30,7 @@ bench: setup  ## Every benchmark in its quick form
 	$(BIN)/python benchmarks/router.py --quick
 	$(BIN)/python benchmarks/xtts.py --quick
 	$(BIN)/python benchmarks/openvoice.py --quick
+	$(BIN)/python benchmarks/gpt_sovits.py --quick
 
 docs: setup  ## Run every snippet of README and docs
 	$(BIN)/pytest tests/graph/test_docs.py
@@ -49,7 +50,7 @@ clean:
 .venv/setup.stamp: pyproject.toml | .venv/bin/uv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --group torch
-	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev --group coqui
+	$(UV) pip install --quiet --python $(BIN)/python --editable . --group dev --group coqui --group gpt-sovits
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --group judges --group torch-audio
 	# pysbd (of coqui-tts) installs a package of this name, which would be found before ours.
 	rm -rf .venv/lib/python3*/site-packages/benchmarks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,15 @@ def xtts_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.checkpoints.xtts import write_checkpoint
 
     return write_checkpoint(tmp_path_factory.mktemp("xtts"), stop_after=26)
+
+
+@pytest.fixture(scope="session")
+def gpt_sovits_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a tiny GPT-SoVITS v2 with random weights, whose utterances last a little over a second."""
+    from tests.checkpoints.gpt_sovits import write_converted
+
+    folder = tmp_path_factory.mktemp("gpt_sovits")
+    return {**write_converted(folder), "window_tokens": (8, 10)}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engines.xtts.linear import Linear, Precision, activation_type, make_linear, row_floor
+from engines.linear import Linear, Precision, activation_type, make_linear, row_floor
 
 _Norm = tuple[Tensor, Tensor, float]
 

@@ -22,11 +22,11 @@ from engines.contract import (
     Reference,
     Utterance,
 )
+from engines.linear import activation_type
 from engines.weights import require_licence
 from engines.xtts import conditioning
 from engines.xtts.decode_loop import DecodeLoop, is_out_of_memory
 from engines.xtts.decoder import Decoder
-from engines.xtts.linear import activation_type
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
 from engines.xtts.model_files import load_model
 from engines.xtts.sampling import Sampling

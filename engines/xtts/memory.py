@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engines.contract import ModelError
-from engines.xtts.linear import Precision, activation_type
+from engines.linear import Precision, activation_type
 
 #: Latents of a voice, which precede the text. coqui-tts fixes their number.
 VOICE_LATENTS = 32

@@ -36,6 +36,9 @@ def settings(name: str, request: pytest.FixtureRequest) -> dict[str, Any]:
     if name == "xtts":
         folder = request.getfixturevalue("xtts_checkpoint")
         return {"model_dir": folder, "accept_license": True, "device": "cpu", "window_tokens": (6, 10)}
+    if name == "gpt_sovits":
+        tiny: dict[str, Any] = request.getfixturevalue("gpt_sovits_settings")
+        return tiny
     if name == "openvoice":
         folder = request.getfixturevalue("tmp_path_factory").mktemp("openvoice")
         return {"model_dir": write_spoken(folder), "cache_dir": folder / "cache"}

@@ -304,7 +304,7 @@ def test_the_wheel_carries_the_catalogue(tmp_path: Path) -> None:
 
 def test_the_catalogue_is_sound() -> None:
     catalogue = load_catalogue()
-    assert {"xtts", "openvoice"} <= set(catalogue)
+    assert {"xtts", "openvoice", "gpt_sovits"} <= set(catalogue)
     assert catalogue["xtts"].licence.must_be_accepted
     for weights in catalogue.values():
         assert all(file.sha256 and file.size_bytes for file in weights.files)

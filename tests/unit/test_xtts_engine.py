@@ -43,15 +43,15 @@ from transformers import (  # noqa: E402
     TopPLogitsWarper,
 )
 
-from engines.xtts import text  # noqa: E402
-from engines.xtts.decoder import Decoder  # noqa: E402
-from engines.xtts.linear import (  # noqa: E402
+from engines.linear import (  # noqa: E402
     Linear,
     Precision,
     activation_type,
     make_linear,
     row_floor,
 )
+from engines.xtts import text  # noqa: E402
+from engines.xtts.decoder import Decoder  # noqa: E402
 from engines.xtts.loaded import LoadedXtts  # noqa: E402
 from engines.xtts.memory import cache_columns  # noqa: E402
 from engines.xtts.sampling import Sampler, Sampling  # noqa: E402
