@@ -588,6 +588,8 @@ def _as_yaml(value: Any) -> str:
     if isinstance(value, tuple):
         value = [str(item) if isinstance(item, StrEnum) else item for item in value]
         value = [item.model_dump(mode="json") if isinstance(item, BaseModel) else item for item in value]
+    if isinstance(value, Path):
+        value = str(value)
     shown = yaml.safe_dump(value, default_flow_style=True, width=1000)
     # PyYAML ends a bare scalar with a document marker.
     return f"`{shown.removesuffix('...' + chr(10)).strip()}`"

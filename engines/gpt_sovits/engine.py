@@ -9,6 +9,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import soxr
+
 from engines.contract import (
     Chunk,
     Conditioning,
@@ -17,13 +19,16 @@ from engines.contract import (
     EngineConfig,
     EngineError,
     Reference,
+    Samples,
     Utterance,
 )
 from engines.gpt_sovits.backend import Backend
 from engines.gpt_sovits.in_process import InProcess
-from engines.gpt_sovits.options import OPTIONS, Sampling
+from engines.gpt_sovits.options import OPTIONS
+from engines.gpt_sovits.reference_window import LONGEST_S, SHORTEST_S
+from engines.gpt_sovits.remote import RemoteBackend
 from engines.gpt_sovits.settings import GptSovitsConfig
-from engines.gpt_sovits.voice import FINGERPRINT, RATE_HZ, SHORTEST_S, extract_voice
+from engines.gpt_sovits.voice import FINGERPRINT, RATE_HZ, extract_voice
 from engines.weights import weights_dir
 
 _NAME = "gpt_sovits"
@@ -40,22 +45,28 @@ class GptSovitsEngine(Engine):
         # With a reference of 10 s, speech of this much text still fits into 1024 columns of attention cache.
         max_utterance_chars={"en": 160, "ja": 60, "zh": 60, "*": 60},
         streams=True,
-        needs_transcript=False,
+        needs_transcript=True,
+        transcript_optional=True,
         code_licence="MIT",
         weights_licence="MIT",
         hardware="GPU, or CPU cores with patience; 2.5 GB and 0.1 GB a slot",
         min_reference_s=SHORTEST_S,
-        max_reference_s=30.0,
+        max_reference_s=LONGEST_S,
         options=OPTIONS,
     )
     Config: ClassVar[type[EngineConfig]] = GptSovitsConfig
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.settings = (
-            config if isinstance(config, GptSovitsConfig) else GptSovitsConfig(**config.model_dump())
+        settings = config if isinstance(config, GptSovitsConfig) else GptSovitsConfig(**config.model_dump())
+        if settings.remote is not None:
+            settings = settings.model_copy(update={"slots": len(settings.remote.urls)})
+        super().__init__(settings)
+        self.settings = settings
+        self._backend: Backend = (
+            InProcess(settings, self.card, settings.model_dir or weights_dir(_NAME))
+            if settings.remote is None
+            else RemoteBackend(settings.remote)
         )
-        self._backend: Backend = _backend_of(self.settings, self.card)
 
     @property
     def concurrent_batches(self) -> int:
@@ -86,12 +97,11 @@ class GptSovitsEngine(Engine):
         return Conditioning(_NAME, FINGERPRINT, extract_voice(reference).to_arrays())
 
     def synthesize(self, batch: Sequence[Utterance]) -> Iterator[Chunk]:
-        """Speak ``batch`` with the backend, less what the card or an option's range forbids."""
+        """Speak ``batch`` with the backend, less what the card forbids."""
         rows, accepted = [], []
         for row, utterance in enumerate(batch):
             try:
                 self.check_utterance(utterance)
-                Sampling.of(utterance.options)
             except EngineError as error:
                 yield Chunk.failure(row, error)
                 continue
@@ -99,13 +109,28 @@ class GptSovitsEngine(Engine):
             accepted.append(utterance)
         if accepted:
             stream = self._backend.synthesize(accepted)
+            rates = [_AtRate(self._backend.sample_rate_hz, RATE_HZ) for _ in accepted]
             try:
                 for chunk in stream:
+                    if chunk.error is None:
+                        samples = rates[chunk.row](chunk.samples, last=chunk.last)
+                        chunk = replace(chunk, samples=samples)
                     yield replace(chunk, row=rows[chunk.row])
             finally:
                 if isinstance(stream, Generator):
                     stream.close()
 
 
-def _backend_of(settings: GptSovitsConfig, card: EngineCard) -> Backend:
-    return InProcess(settings, card, settings.model_dir or weights_dir(_NAME))
+class _AtRate:
+    """Samples of one row at the engine's rate: servers of v3 and v4 speak at others."""
+
+    def __init__(self, source_hz: int, target_hz: int) -> None:
+        self._stream = (
+            None if source_hz == target_hz else soxr.ResampleStream(source_hz, target_hz, 1, dtype="float32")
+        )
+
+    def __call__(self, samples: Samples, *, last: bool) -> Samples:
+        if self._stream is None:
+            return samples
+        resampled: Samples = self._stream.resample_chunk(samples, last=last)
+        return resampled

@@ -15,7 +15,9 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0.0, 5.0, False),
     "repetition_penalty": (1.0, 10.0, False),
 }
-OPTIONS = tuple(_RANGES)
+#: Names one of the configured pairs of weights, where servers of api_v2 speak.
+WEIGHTS = "weights"
+OPTIONS = (*_RANGES, WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class Sampling:
     def of(cls, options: Mapping[str, Any]) -> Sampling:
         """From the options of an utterance. Raises ``UnsupportedOption``."""
         for name, value in options.items():
+            if name not in _RANGES:
+                raise UnsupportedOption(
+                    f"'{name}' is for GPT-SoVITS on servers of its own.", next_step=f"Leave '{name}' out."
+                )
             low, high, whole = _RANGES[name]
             fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
             if not fits or not low <= value <= high:

@@ -44,6 +44,7 @@ from engines.contract import (
     Utterance,
 )
 from engines.gpt_sovits.api_v2 import ApiV2Server, ServerLost, State, WeightPair
+from engines.gpt_sovits.options import WEIGHTS, Sampling
 from engines.gpt_sovits.server_pool import ServerPool
 from engines.gpt_sovits.shared_folder import SharedFolder
 
@@ -51,10 +52,6 @@ logger = logging.getLogger(__name__)
 
 #: Rate of ``samples`` in a conditioning.
 REFERENCE_RATE_HZ = 32_000
-#: Options of an utterance that are passed on, under the same names.
-SAMPLING_OPTIONS = ("top_k", "top_p", "temperature", "repetition_penalty")
-#: Option that names one of the configured pairs of weights.
-WEIGHTS_OPTION = "weights"
 
 Version = Literal["v1", "v2", "v2Pro", "v2ProPlus", "v3", "v4"]
 
@@ -174,8 +171,8 @@ class RemoteBackend:
         return _LANGUAGES.get(self.settings.version, _NEWER_LANGUAGES)
 
     @property
-    def slots(self) -> int:
-        """Utterances it works on at once: one per server."""
+    def concurrent_batches(self) -> int:
+        """One for each server: calls meet in the pool."""
         return len(self.settings.urls)
 
     def load(self) -> None:
@@ -295,12 +292,8 @@ class RemoteBackend:
             raise NothingToSpeak(
                 "The text has no letter or digit.", next_step="Send text with at least one letter or digit."
             )
-        unknown = sorted(set(utterance.options) - {*SAMPLING_OPTIONS, WEIGHTS_OPTION})
-        if unknown:
-            raise UnsupportedOption(
-                f"GPT-SoVITS servers have no option '{unknown[0][:40]}'.",
-                next_step=f"Options: {', '.join((*SAMPLING_OPTIONS, WEIGHTS_OPTION))}.",
-            )
+        sampling = {name: value for name, value in utterance.options.items() if name != WEIGHTS}
+        Sampling.of(sampling)
         transcript, language = self._prompt(utterance.conditioning)
         samples = np.asarray(utterance.conditioning.arrays["samples"], np.float32)
         body = {
@@ -315,9 +308,9 @@ class RemoteBackend:
             "media_type": "wav",
             "streaming_mode": self.settings.streaming_mode,
             "text_split_method": self.settings.text_split_method,
-            **{name: utterance.options[name] for name in SAMPLING_OPTIONS if name in utterance.options},
+            **sampling,
         }
-        return body, self._weights(utterance.options.get(WEIGHTS_OPTION))
+        return body, self._weights(utterance.options.get(WEIGHTS))
 
     def _prompt(self, conditioning: Conditioning) -> tuple[str, str]:
         """What is said in the recording and in which language, as the servers are told."""

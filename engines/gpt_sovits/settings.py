@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from engines.contract import EngineConfig
+from engines.gpt_sovits.remote import RemoteSettings, remote_settings
 
 #: Frames that neighbouring windows share; a shorter window would lie inside its overlap.
 _SHORTEST_WINDOW_TOKENS = 5
@@ -21,6 +22,11 @@ class GptSovitsConfig(EngineConfig):
         default=None,
         description="Folder of the converted weights and the text data; `gpt_sovits` in the models folder if "
         "left out.",
+    )
+    remote: RemoteSettings | None = Field(
+        default_factory=remote_settings,
+        description="Have servers of `api_v2.py` speak instead of this process, one utterance each: `slots` "
+        "is their number then. From the variable `GPT_SOVITS_API_URL` if left out.",
     )
     gpt: str = Field(
         default="s1v3", description="GPT weights in `model_dir`, without their ending: `NAME.safetensors`."

@@ -15,12 +15,11 @@ import soxr
 from numpy.typing import NDArray
 
 from engines.contract import ConditioningMismatch, Reference, ReferenceUnusable, Samples
+from engines.gpt_sovits.reference_window import LONGEST_S, SHORTEST_S, reference_window
 
 #: Changes whenever the same recording would give other arrays.
 FINGERPRINT = "reference-1"
 RATE_HZ = 32_000
-#: The model was trained on references of this length; longer ones make it lose words (upstream refuses them).
-SHORTEST_S, LONGEST_S = 3.0, 10.0
 #: Peaks below this are silence (-60 dBFS).
 _SILENCE_LEVEL = 1e-3
 
@@ -58,37 +57,24 @@ class Voice:
 
 
 def extract_voice(reference: Reference) -> Voice:
-    """The voice of ``reference``. Raises ``ReferenceUnusable`` if it is too short or silent."""
-    if reference.duration_s < SHORTEST_S:
-        raise ReferenceUnusable(
-            f"The recording has {reference.duration_s:.1f} s; GPT-SoVITS needs {SHORTEST_S:g}.",
-            next_step=f"Send {SHORTEST_S:g} to {LONGEST_S:g} seconds of one speaker.",
-        )
+    """The voice of the best part of ``reference``.
+
+    Raises ``ReferenceUnusable`` if it is too short or silent.
+    """
     if not np.any(np.abs(reference.samples) > _SILENCE_LEVEL):
         raise ReferenceUnusable(
             "The recording is silent.", next_step="Record the speaker again, closer to the microphone."
         )
-    window = whole_window(reference)
+    window = reference_window(reference)
     samples = np.ascontiguousarray(window.samples, np.float32)
-    if window.sample_rate_hz != RATE_HZ:
-        samples = np.asarray(soxr.resample(samples, window.sample_rate_hz, RATE_HZ), np.float32)
+    if reference.sample_rate_hz != RATE_HZ:
+        samples = np.asarray(soxr.resample(samples, reference.sample_rate_hz, RATE_HZ), np.float32)
     # Resampling rounds to whole samples: at the limits by one more or less than allowed.
     samples = samples[: round(LONGEST_S * RATE_HZ)]
     missing = round(SHORTEST_S * RATE_HZ) - len(samples)
     if missing > 0:
         samples = np.pad(samples, (0, missing))
-    return Voice(samples.clip(-1, 1), window.transcript.strip(), window.language)
-
-
-def whole_window(reference: Reference) -> Reference:
-    """The part of ``reference`` to clone from: all of it, or the first 10 s of a longer one.
-
-    The words of those 10 s are not known, so a longer one loses its transcript.
-    """
-    if reference.duration_s <= LONGEST_S:
-        return reference
-    samples = reference.samples[: int(LONGEST_S * reference.sample_rate_hz)]
-    return Reference(samples, reference.sample_rate_hz, "", reference.language)
+    return Voice(samples.clip(-1, 1), window.transcript.strip(), reference.language)
 
 
 def _bytes_of(text: str) -> NDArray[np.uint8]:

