@@ -30,7 +30,7 @@ from anyio.from_thread import start_blocking_portal
 
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
-from serve_app.protocol import AudioFrame, EnrolRequest, SpeechRequest, SpeechStarted
+from serve_app.protocol import AudioFrame, EnrolRequest, SpeechRequest, SpeechStarted, UtteranceVerified
 from serve_app.transcripts.transcript import Correction
 
 #: Suffixes of the files that ``Speech.save`` writes.
@@ -266,7 +266,9 @@ class HandleClient(Client):
         finally:
             self._portal.call(events.aclose)
 
-    def _frames(self, events: AsyncGenerator[SpeechStarted | AudioFrame, None]) -> Iterator[Samples]:
+    def _frames(
+        self, events: AsyncGenerator[SpeechStarted | UtteranceVerified | AudioFrame, None]
+    ) -> Iterator[Samples]:
         while True:
             try:
                 event = self._portal.call(anext, events)

@@ -18,6 +18,7 @@ from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
 from serve_app.protocol import EngineFacts, Priority, SpeechRequest
+from serve_app.transcripts.agreement import VerifyTerms
 
 
 class VoiceReference(BaseModel):
@@ -56,6 +57,10 @@ class SpeechBody(BaseModel):
     priority: Priority = Field(
         default=Priority.INTERACTIVE, description="'bulk' lets everything interactive go first."
     )
+    verify: VerifyTerms | Literal[False] | None = Field(
+        default=None,
+        description="Hear each utterance again before it is sent; as configured if left out.",
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="The engine's own options.")
 
     @property
@@ -86,6 +91,7 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
                 speed=body.speed,
                 seed=body.seed,
                 options=body.engine_options,
+                verify=body.verify,
                 fallback_engines=None if body.fallback_engines is None else tuple(body.fallback_engines),
                 request_id=request.state.request_id,
                 caller=caller,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.audio.encode import AudioFormat, StreamEncoder, encode_whole
 from serve_app.errors import EngineFailed
 from serve_app.handle import RouterHandle
-from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
+from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted, UtteranceVerified
 
 
 class AudioResponse(StreamingResponse):
@@ -47,11 +47,19 @@ async def speech_response(
         if not isinstance(started, SpeechStarted):
             raise EngineFailed("The router sent audio before it said whose.")
         headers = {**headers, **_facts(started)}
+        verdicts: list[UtteranceVerified] = []
+        first = await _audio(frames, verdicts)
         if stream:
+            # What is verified later comes too late for the headers.
+            headers = {**headers, **_verdict(verdicts)}
             encoder = StreamEncoder(audio_format, started.sample_rate_hz, sample_rate_hz=sample_rate_hz)
             headers = {**headers, "X-Accel-Buffering": "no"}
-            return AudioResponse(_encode(frames, encoder), headers, audio_format.media_type)
-        parts = [frame.samples async for frame in frames if isinstance(frame, AudioFrame)]
+            return AudioResponse(_encode(first, frames, encoder), headers, audio_format.media_type)
+        parts = []
+        while first is not None:
+            parts.append(first.samples)
+            first = await _audio(frames, verdicts)
+        headers = {**headers, **_verdict(verdicts)}
     except BaseException:
         await frames.aclose()
         raise
@@ -76,17 +84,41 @@ def _facts(started: SpeechStarted) -> dict[str, str]:
     }
 
 
+def _verdict(verdicts: Sequence[UtteranceVerified]) -> dict[str, str]:
+    """What was heard again so far: passed of all, tries in all, and how far off the worst is."""
+    if not verdicts:
+        return {}
+    return {
+        "X-Verified": f"{sum(verdict.passed for verdict in verdicts)}/{len(verdicts)}",
+        "X-Verify-Tries": str(sum(verdict.tries for verdict in verdicts)),
+        "X-Verify-Worst-WER": f"{max(verdict.word_error_rate for verdict in verdicts):.3f}",
+    }
+
+
+Frames = AsyncGenerator[SpeechStarted | UtteranceVerified | AudioFrame, None]
+
+
+async def _audio(frames: Frames, verdicts: list[UtteranceVerified]) -> AudioFrame | None:
+    """The next audio, None at the end; verdicts on the way to it are added to ``verdicts``."""
+    async for event in frames:
+        if isinstance(event, AudioFrame):
+            return event
+        if isinstance(event, UtteranceVerified):
+            verdicts.append(event)
+    return None
+
+
 async def _encode(
-    frames: AsyncGenerator[SpeechStarted | AudioFrame, None], encoder: StreamEncoder
+    first: AudioFrame | None, frames: Frames, encoder: StreamEncoder
 ) -> AsyncGenerator[bytes, None]:
     """Encoded bytes as the frames come. Closing it closes the frames, and so the engine."""
     try:
         async with aclosing(frames):
-            async for frame in frames:
-                if isinstance(frame, AudioFrame) and (
-                    part := await asyncio.to_thread(encoder.encode, frame.samples)
-                ):
+            frame = first
+            while frame is not None:
+                if part := await asyncio.to_thread(encoder.encode, frame.samples):
                     yield part
+                frame = await _audio(frames, [])
         if tail := await asyncio.to_thread(encoder.finish):
             yield tail
     finally:

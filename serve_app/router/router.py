@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
@@ -58,6 +59,8 @@ from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
 from serve_app.router.transcription import Transcription
+from serve_app.router.verification import Demand, Verification
+from serve_app.transcripts.agreement import VerifyTerms
 from serve_app.transcripts.transcript import Correction
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
@@ -69,6 +72,8 @@ logger = logging.getLogger("ray.serve")
 _FACTS_TIMEOUT_S = 20.0
 _SWEEP_INTERVAL_S = 3600.0
 _SEED_LIMIT = 2**63
+#: Added to the seed of an utterance that is spoken again: no neighbour has come so far.
+_NEXT_TRY = 2**32 + 15
 #: Failures before the first audio after which another engine may speak instead.
 _CANNOT_BEGIN = (Unavailable, EngineFailed)
 
@@ -140,6 +145,7 @@ class Router:
             transcriber,
             timeout_s=settings.transcriber.timeout_s if settings.transcriber is not None else 0.0,
         )
+        self._verification = Verification(self._transcription, self._metrics)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve with ``user_config``, at the start and whenever it changes."""
@@ -228,6 +234,7 @@ class Router:
         limits = self._settings.limits
         client = request.caller.kind
         key = self._settings.keys.get(request.caller.key)
+        terms = self._verify_terms(request)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
         voice = await self._voice(request.voice, request.owner)
@@ -254,9 +261,10 @@ class Router:
         playback = Playback(facts.card.sample_rate_hz, reports=bool(request.speech_id))
         with self._seed(request, content) as seed:
 
-            def listen(index: int) -> Listener:
+            def speak(index: int, attempt: int) -> Listener:
                 # Neighbours must not repeat each other's noise, a repeated request must.
-                call = replace(whole, text=pieces[index], seed=(seed + index) % _SEED_LIMIT)
+                own_seed = (seed + index + attempt * _NEXT_TRY) % _SEED_LIMIT
+                call = replace(whole, text=pieces[index], seed=own_seed)
                 tier = _tier(request.priority, first=index == 0)
                 return self._spoken.listen(
                     content_key(call, prepared.digest),
@@ -270,6 +278,14 @@ class Router:
                     keep=request.seed is not None or self._settings.cache.unseeded,
                     joined=lambda recording: queue.promote(recording, tier),
                 )
+
+            verdicts: list[SpeechEvent] = []
+
+            def listen(index: int) -> Listener:
+                if terms is None:
+                    return speak(index, 0)
+                demand = Demand(terms, name, language, facts.card.sample_rate_hz, verdicts.append)
+                return self._verification.listen(index, pieces[index], partial(speak, index), demand)
 
             speech = Speech(
                 len(pieces),
@@ -288,9 +304,9 @@ class Router:
                 async with aclosing(speech.parts()) as parts:
                     frame = await self._first(parts)
                     self._metrics.observe(FIRST_AUDIO, time.monotonic() - asked_s, engine=name, client=client)
-                    yield [started, frame]
+                    yield [started, *_taken(verdicts), frame]
                     async for samples in parts:
-                        yield [AudioFrame(samples)]
+                        yield [*_taken(verdicts), AudioFrame(samples)]
                 outcome = "complete"
             except VoiceCloneError:
                 outcome = "failed"
@@ -300,6 +316,14 @@ class Router:
                 self._metrics.count(REQUESTS, engine=name, client=client, outcome=outcome)
                 self._metrics.count(AUDIO, playback.sent_s, engine=name, client=client)
                 self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
+
+    def _verify_terms(self, request: SpeechRequest) -> VerifyTerms | None:
+        terms = self._settings.verify if request.verify is None else request.verify or None
+        if terms is not None and self._settings.transcriber is None:
+            raise UnsupportedOption(
+                "This server has no transcriber to verify speech with. Leave 'verify' out.", param="verify"
+            )
+        return terms
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -513,6 +537,11 @@ def _new_voice(request: EnrolRequest) -> NewVoice:
         finding = error.errors(include_url=False, include_input=False)[0]
         param = str(finding["loc"][-1])
         raise InvalidValue(f"'{param}': {finding['msg']}.", param=param) from error
+
+
+def _taken(verdicts: list[SpeechEvent]) -> list[SpeechEvent]:
+    taken, verdicts[:] = list(verdicts), []
+    return taken
 
 
 def _tier(priority: Priority, *, first: bool) -> Tier:
