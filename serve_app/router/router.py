@@ -71,6 +71,8 @@ logger = logging.getLogger("ray.serve")
 #: How long to wait for a replica that should be up but does not answer.
 _FACTS_TIMEOUT_S = 20.0
 _SWEEP_INTERVAL_S = 3600.0
+#: Transcripts of a page of voices that are read at the same time.
+_READS_AT_ONCE = 32
 _SEED_LIMIT = 2**63
 #: Added to the seed of an utterance that is spoken again: no neighbour has come so far.
 _NEXT_TRY = 2**32 + 15
@@ -418,8 +420,13 @@ class Router:
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
         """Voices in order of enrolment, and what is said in their recordings."""
         page = await self._store.list(owner, limit=limit, after=after)
-        voices = await asyncio.gather(*map(self._with_words, page.voices))
-        return VoicePage(tuple(voices), page.has_more)
+        gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+        async def with_words(voice: Voice) -> Voice:
+            async with gate:
+                return await self._with_words(voice)
+
+        return VoicePage(tuple(await asyncio.gather(*map(with_words, page.voices))), page.has_more)
 
     @answers
     async def correct_transcript(self, voice: str, correction: Correction, owner: str = "public") -> Voice:

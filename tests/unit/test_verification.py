@@ -109,7 +109,7 @@ async def test_what_goes_wrong_ends_the_utterance_with_its_error() -> None:
         recording.end(EngineFailed("No."))
         return recording.join()
 
-    case.speak = broken  # type: ignore[method-assign]
+    case.speak = broken  # type: ignore[method-assign, assignment]
     with pytest.raises(EngineFailed):
         await case.heard()
     assert not case.verdicts
@@ -118,7 +118,7 @@ async def test_what_goes_wrong_ends_the_utterance_with_its_error() -> None:
 async def test_a_listener_that_leaves_ends_the_work() -> None:
     case = Case("One")
     endless = Recording()
-    case.speak = lambda _: endless.join()  # type: ignore[method-assign]
+    case.speak = lambda _: endless.join()  # type: ignore[method-assign, assignment]
     listener = case.listen()
     await asyncio.sleep(0.01)
     assert not endless.left
