@@ -174,8 +174,8 @@ class RemoteBackend:
         return _LANGUAGES.get(self.settings.version, _NEWER_LANGUAGES)
 
     @property
-    def slots(self) -> int:
-        """Utterances it works on at once: one per server."""
+    def concurrent_batches(self) -> int:
+        """Calls of ``synthesize`` that may run at the same time: utterances of all share the servers."""
         return len(self.settings.urls)
 
     def load(self) -> None:
