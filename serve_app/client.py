@@ -30,7 +30,14 @@ from anyio.from_thread import start_blocking_portal
 
 from engines.contract import Samples
 from serve_app.errors import EngineFailed, Unavailable, from_wire
-from serve_app.protocol import AudioFrame, Caller, EnrolRequest, SpeechRequest, SpeechStarted
+from serve_app.protocol import (
+    AudioFrame,
+    Caller,
+    EnrolRequest,
+    SpeechRequest,
+    SpeechStarted,
+    UtteranceVerified,
+)
 from serve_app.transcripts.transcript import Correction
 
 #: Whoever holds a handle runs the cluster: there is nothing to hide.
@@ -279,7 +286,9 @@ class HandleClient(Client):
         finally:
             self._portal.call(events.aclose)
 
-    def _frames(self, events: AsyncGenerator[SpeechStarted | AudioFrame, None]) -> Iterator[Samples]:
+    def _frames(
+        self, events: AsyncGenerator[SpeechStarted | UtteranceVerified | AudioFrame, None]
+    ) -> Iterator[Samples]:
         while True:
             try:
                 event = self._portal.call(anext, events)

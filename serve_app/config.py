@@ -25,6 +25,7 @@ from pydantic_settings import (
 from engines.contract import EngineError
 from engines.registry import engine_class, engine_names
 from serve_app.protocol import KeyScope
+from serve_app.transcripts.agreement import VerifyTerms
 from serve_app.transcripts.recogniser import RecogniserConfig
 from serve_app.voices.reference import ReferenceLimits
 from serve_app.voices.voice import PUBLIC, is_owner, is_voice_id
@@ -371,6 +372,10 @@ class Settings(BaseSettings):
     transcriber: TranscriberSettings | None = Field(
         default=None, description="Hears what is said in recordings (docs/transcripts.md); null is off."
     )
+    verify: VerifyTerms | None = Field(
+        default=None,
+        description="Hear every utterance again before it is sent (docs/transcripts.md); null is off.",
+    )
     limits: LimitSettings = Field(default_factory=LimitSettings, description="Request limits.")
     live: LiveSettings = Field(default_factory=LiveSettings, description="Live sessions.")
     browsers: BrowserSettings = Field(
@@ -442,6 +447,12 @@ class Settings(BaseSettings):
                 raise ValueError(f"'{holders[key.sha256]}' and '{name}' have the same secret")
             holders[key.sha256] = name
         return keys
+
+    @model_validator(mode="after")
+    def _can_verify(self) -> "Settings":
+        if self.verify is not None and self.transcriber is None:
+            raise ValueError("'verify' needs the transcriber: configure 'transcriber', too")
+        return self
 
     @model_validator(mode="after")
     def _names_resolve(self) -> "Settings":

@@ -32,6 +32,7 @@ from serve_app.protocol import (
     SpeechEvent,
     SpeechRequest,
     SpeechStarted,
+    UtteranceVerified,
 )
 from serve_app.transcripts.transcript import Correction
 from serve_app.voices.announcements import Announcement
@@ -60,10 +61,13 @@ class RouterHandle:
         self._handle = handle
         self._speak = handle.options(method_name="speak", stream=True)
 
-    async def speak(self, request: SpeechRequest) -> AsyncGenerator[SpeechStarted | AudioFrame, None]:
+    async def speak(
+        self, request: SpeechRequest
+    ) -> AsyncGenerator[SpeechStarted | UtteranceVerified | AudioFrame, None]:
         """``SpeechStarted`` once the first audio is there, then frames in order.
 
-        The router hears how much of it was taken: it does not run far ahead of a slow reader.
+        A verdict comes before the audio it is about. The router hears how much of that was taken: it does not
+        run far ahead of a slow reader.
         """
         request = replace(request, speech_id=str(ULID()))
         stream = cast(DeploymentResponseGenerator[list[SpeechEvent]], self._speak.remote(request))
@@ -227,8 +231,10 @@ class HeardReports:
         self._sending: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def took(self, event: SpeechStarted | AudioFrame) -> None:
+    def took(self, event: SpeechStarted | UtteranceVerified | AudioFrame) -> None:
         """The reader is done with ``event``."""
+        if isinstance(event, UtteranceVerified):
+            return
         if isinstance(event, SpeechStarted):
             self._step = round(_REPORT_EVERY_S * event.sample_rate_hz)
             return

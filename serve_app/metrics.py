@@ -48,7 +48,11 @@ REUSED = Described(
     "tts_reused_utterances_total", "Utterances not spoken again: from the cache or another's.", ("how",)
 )
 
-COUNTERS = (REQUESTS, REFUSALS, RETRIES, CHARACTERS, AUDIO, REUSED)
+VERIFIED = Described(
+    "tts_verified_utterances_total", "Utterances heard again before they were sent.", ("engine", "outcome")
+)
+
+COUNTERS = (REQUESTS, REFUSALS, RETRIES, CHARACTERS, AUDIO, REUSED, VERIFIED)
 HISTOGRAMS: Mapping[Described, list[float]] = {
     QUEUE_WAIT: _SECONDS,
     BATCH_ROWS: _ROWS,

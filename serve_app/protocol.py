@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from engines.contract import Conditioning, EngineCard, EngineError, Samples
 from serve_app.errors import VoiceCloneError
+from serve_app.transcripts.agreement import VerifyTerms
 
 #: Address of a call by handle, which has none.
 LOCAL_ADDRESS = "local"
@@ -92,6 +93,8 @@ class SpeechRequest:
     priority: Priority = Priority.INTERACTIVE
     #: Served engines to try in order if the chosen one cannot begin; None takes the configured ones.
     fallback_engines: tuple[str, ...] | None = None
+    #: Hear each utterance again before it is sent; None takes the configured terms, False does not.
+    verify: VerifyTerms | Literal[False] | None = None
     #: Unique name of this speech if its reader reports what it has taken; empty if it does not.
     speech_id: str = ""
     #: Speak like this recording instead of an enrolled voice.
@@ -101,6 +104,17 @@ class SpeechRequest:
     def owner(self) -> str:
         """Whose voices there are for it."""
         return self.caller.owner
+
+
+@dataclass(frozen=True, slots=True)
+class UtteranceVerified:
+    """An utterance of a verified speech, told before its audio: how often it was spoken, and how well."""
+
+    index: int
+    tries: int
+    #: Of the one that is sent.
+    word_error_rate: float
+    passed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +130,8 @@ class SpeechStarted:
     utterances: int
     #: What each utterance says; joined, what is spoken of the text.
     texts: tuple[str, ...] = ()
+    #: What was verified before there was any audio.
+    verified: tuple[UtteranceVerified, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +150,7 @@ class Failure:
     error: VoiceCloneError
 
 
-SpeechEvent = SpeechStarted | AudioFrame | Failure
+SpeechEvent = SpeechStarted | UtteranceVerified | AudioFrame | Failure
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ class Pipeline:
         self.reference_path: str | None = None
         self.reference = b""
         self.slow_s = slow_s
-        #: Requests at work at the same time, now and at most.
+        #: Requests in the middle of a step at the same time, now and at most.
         self.active = self.most_active = 0
 
     def run(self, request: dict[str, Any]) -> Iterator[tuple[int, np.ndarray]]:
@@ -111,13 +111,19 @@ class Pipeline:
             if not mode:
                 yield 16_000, np.zeros(16_000, np.int16)
             return
-        self.active += 1
-        self.most_active = max(self.most_active, self.active)
+        steps = self._speak(text, mode, request)
         try:
-            yield from self._speak(text, mode, request)
+            while (chunk := self._step(steps)) is not None:
+                yield chunk
         except RuntimeError:
             yield 16_000, np.zeros(16_000, np.int16)
             raise
+
+    def _step(self, steps: Iterator[tuple[int, np.ndarray]]) -> tuple[int, np.ndarray] | None:
+        self.active += 1
+        self.most_active = max(self.most_active, self.active)
+        try:
+            return next(steps, None)
         finally:
             self.active -= 1
 

@@ -172,7 +172,7 @@ class RemoteBackend:
 
     @property
     def concurrent_batches(self) -> int:
-        """One for each server: calls meet in the pool."""
+        """Calls of ``synthesize`` that may run at the same time: utterances of all share the servers."""
         return len(self.settings.urls)
 
     def load(self) -> None:

@@ -178,7 +178,7 @@ def from_validation(findings: Sequence[Any]) -> VoiceCloneError:
     path = [str(part) for part in finding["loc"] if part not in ("body", "query", "path")]
     param = path[0] if path else None
     kind = str(finding["type"])
-    if param is None or kind in ("json_invalid", "model_attributes_type"):
+    if param is None or kind == "json_invalid":
         return InvalidJson("The body is not a JSON object. Send application/json.")
     if kind == "missing":
         return MissingField(f"'{param}' is missing. Add it to the request.", param=param)

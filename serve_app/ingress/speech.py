@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +31,9 @@ from serve_app.errors import EngineFailed, VoiceCloneError
 from serve_app.handle import RouterHandle
 from serve_app.ingress.problems import error_member
 from serve_app.ingress.timestamps import SentenceClock, TimedText, Timestamps, subtitles
-from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
+from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted, UtteranceVerified
 
-Frames = AsyncGenerator[SpeechStarted | AudioFrame, None]
+Frames = AsyncGenerator[SpeechStarted | UtteranceVerified | AudioFrame, None]
 
 
 class AudioResponse(StreamingResponse):
@@ -59,6 +59,12 @@ class Spoken:
     body: bytes
     duration_ms: int
     sentences: tuple[TimedText, ...]
+    verdicts: tuple[UtteranceVerified, ...]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the answer says about it."""
+        return {**_facts(self.started), **_verdict(self.verdicts)}
 
     def times(self, timestamps: Timestamps) -> dict[str, Any]:
         """When each sentence is heard, as JSON answers say it."""
@@ -80,9 +86,12 @@ async def speak_whole(
     clock = SentenceClock(started)
     parts: list[Samples] = []
     sentences: list[TimedText] = []
+    verdicts = list(started.verified)
     async with aclosing(frames):
         async for frame in frames:
-            if isinstance(frame, AudioFrame):
+            if isinstance(frame, UtteranceVerified):
+                verdicts.append(frame)
+            elif isinstance(frame, AudioFrame):
                 sentences.extend(clock.heard(frame))
                 parts.append(frame.samples)
     samples = np.concatenate(parts)
@@ -90,7 +99,7 @@ async def speak_whole(
         encode_whole, audio_format, samples, started.sample_rate_hz, sample_rate_hz, bits_per_second
     )
     duration_ms = round(1000 * len(samples) / started.sample_rate_hz)
-    return Spoken(started, body, duration_ms, (*sentences, *clock.finish()))
+    return Spoken(started, body, duration_ms, (*sentences, *clock.finish()), tuple(verdicts))
 
 
 async def speech_response(
@@ -120,11 +129,11 @@ async def speech_response(
                 **spoken.times(timestamps),
                 "usage": usage(request.text),
             },
-            headers={**headers, **_facts(spoken.started)},
+            headers={**headers, **spoken.headers},
         )
     if not stream:
         spoken = await speak_whole(router, request, audio_format, sample_rate_hz, bits_per_second)
-        facts = {**_facts(spoken.started), "X-Audio-Duration-Ms": str(spoken.duration_ms)}
+        facts = {**spoken.headers, "X-Audio-Duration-Ms": str(spoken.duration_ms)}
         return Response(spoken.body, headers={**headers, **facts}, media_type=audio_format.media_type)
     started, frames = await begin(router, request)
     try:
@@ -137,7 +146,8 @@ async def speech_response(
     except BaseException:
         await frames.aclose()
         raise
-    headers = {**headers, **_facts(started), "X-Accel-Buffering": "no"}
+    # What is verified later comes too late for the headers.
+    headers = {**headers, **_facts(started), **_verdict(started.verified), "X-Accel-Buffering": "no"}
     if events:
         headers = {**headers, "Cache-Control": "no-cache"}
         clock = None if timestamps is None else SentenceClock(started)
@@ -174,6 +184,17 @@ def _facts(started: SpeechStarted) -> dict[str, str]:
         "X-Utterances": str(started.utterances),
         "X-Sample-Rate": str(started.sample_rate_hz),
         "X-AI-Generated": "true",
+    }
+
+
+def _verdict(verdicts: Sequence[UtteranceVerified]) -> dict[str, str]:
+    """What was heard again so far: passed of all, tries in all, and how far off the worst is."""
+    if not verdicts:
+        return {}
+    return {
+        "X-Verified": f"{sum(verdict.passed for verdict in verdicts)}/{len(verdicts)}",
+        "X-Verify-Tries": str(sum(verdict.tries for verdict in verdicts)),
+        "X-Verify-Worst-WER": f"{max(verdict.word_error_rate for verdict in verdicts):.3f}",
     }
 
 

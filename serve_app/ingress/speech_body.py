@@ -18,6 +18,7 @@ from serve_app.errors import ConflictingFields, MissingField
 from serve_app.ingress.data_url import audio_of
 from serve_app.ingress.timestamps import Timestamps
 from serve_app.protocol import Caller, OneShotReference, Priority, SpeechRequest
+from serve_app.transcripts.agreement import VerifyTerms
 
 _NAME = re.compile(r"[A-Za-z_][\w.]{,39}", re.ASCII)
 _MOST_NAMES = 20
@@ -74,6 +75,10 @@ class SpeechOptions(BaseModel):
     priority: Priority = Field(
         default=Priority.INTERACTIVE, description="'bulk' lets everything interactive go first."
     )
+    verify: VerifyTerms | Literal[False] | None = Field(
+        default=None,
+        description="Hear each utterance again before it is sent; as configured if left out.",
+    )
     engine_options: dict[str, Any] = Field(default_factory=dict, description="The engine's own options.")
 
     @property
@@ -125,6 +130,7 @@ class SpeechOptions(BaseModel):
             speed=self.speed,
             seed=self.seed,
             options=self.engine_options,
+            verify=self.verify,
             fallback_engines=None if self.fallback_engines is None else tuple(self.fallback_engines),
             request_id=request_id,
             caller=caller,

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from pydantic import ValidationError
@@ -50,6 +51,7 @@ from serve_app.protocol import (
     SpeechRequest,
     SpeechStarted,
     UtteranceCall,
+    UtteranceVerified,
 )
 from serve_app.router import text as texts
 from serve_app.router.batch_board import BatchBoard
@@ -64,6 +66,8 @@ from serve_app.router.reuse import SeedsInUse, SpokenUtterances, content_key
 from serve_app.router.rows import Listener
 from serve_app.router.speech import Playback, Speech
 from serve_app.router.transcription import Transcription
+from serve_app.router.verification import Demand, Verification
+from serve_app.transcripts.agreement import VerifyTerms
 from serve_app.transcripts.transcript import Correction
 from serve_app.voices.announcements import Announcement, Announcements
 from serve_app.voices.consents import ConsentPage, VoiceConsent
@@ -78,7 +82,11 @@ logger = logging.getLogger("ray.serve")
 #: How long to wait for a replica that should be up but does not answer.
 _FACTS_TIMEOUT_S = 20.0
 _SWEEP_INTERVAL_S = 3600.0
+#: Transcripts of a page of voices that are read at the same time.
+_READS_AT_ONCE = 32
 _SEED_LIMIT = 2**63
+#: Added to the seed of an utterance that is spoken again: no neighbour has come so far.
+_NEXT_TRY = 2**32 + 15
 #: Failures before the first audio after which another engine may speak instead.
 _CANNOT_BEGIN = (Unavailable, EngineFailed)
 
@@ -161,6 +169,7 @@ class Router:
             transcriber,
             timeout_s=settings.transcriber.timeout_s if settings.transcriber is not None else 0.0,
         )
+        self._verification = Verification(self._transcription, self._metrics)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve with ``user_config``, at the start and whenever it changes."""
@@ -257,6 +266,7 @@ class Router:
         limits = self._settings.limits
         client = request.caller.kind
         key = self._settings.keys.get(request.caller.key)
+        terms = self._verify_terms(request)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
         voice_id, language, prepared = await self._prepared(request, text, name, facts)
@@ -280,9 +290,10 @@ class Router:
         playback = Playback(facts.card.sample_rate_hz, reports=bool(request.speech_id))
         with self._seed(request, content) as seed:
 
-            def listen(index: int) -> Listener:
+            def speak(index: int, attempt: int) -> Listener:
                 # Neighbours must not repeat each other's noise, a repeated request must.
-                call = replace(whole, text=pieces[index], seed=(seed + index) % _SEED_LIMIT)
+                own_seed = (seed + index + attempt * _NEXT_TRY) % _SEED_LIMIT
+                call = replace(whole, text=pieces[index], seed=own_seed)
                 tier = _tier(request.priority, first=index == 0)
                 return self._spoken.listen(
                     content_key(call, prepared.digest),
@@ -296,6 +307,14 @@ class Router:
                     keep=request.seed is not None or self._settings.cache.unseeded,
                     joined=lambda recording: queue.promote(recording, tier),
                 )
+
+            verdicts: list[UtteranceVerified] = []
+
+            def listen(index: int) -> Listener:
+                if terms is None:
+                    return speak(index, 0)
+                demand = Demand(terms, name, language, facts.card.sample_rate_hz, verdicts.append)
+                return self._verification.listen(index, pieces[index], partial(speak, index), demand)
 
             speech = Speech(
                 len(pieces),
@@ -316,9 +335,9 @@ class Router:
                 async with aclosing(speech.parts()) as parts:
                     frame = await self._first(parts)
                     self._metrics.observe(FIRST_AUDIO, time.monotonic() - asked_s, engine=name, client=client)
-                    yield [started, frame]
+                    yield [replace(started, verified=tuple(_taken(verdicts))), frame]
                     async for samples in parts:
-                        yield [AudioFrame(samples, speech.utterance)]
+                        yield [*_taken(verdicts), AudioFrame(samples, speech.utterance)]
                 outcome = "complete"
             except VoiceCloneError:
                 outcome = "failed"
@@ -346,6 +365,14 @@ class Router:
             return voice.id, language, await self._conditioning.built_in(voice, facts, engine)
         transcript = await self._transcription.of_voice(voice, facts.card)
         return voice.id, language, await self._conditioning.get(voice, facts, engine, transcript)
+
+    def _verify_terms(self, request: SpeechRequest) -> VerifyTerms | None:
+        terms = self._settings.verify if request.verify is None else request.verify or None
+        if terms is not None and self._settings.transcriber is None:
+            raise UnsupportedOption(
+                "This server has no transcriber to verify speech with. Leave 'verify' out.", param="verify"
+            )
+        return terms
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
         """The seed of a request: its own, one of the content's own if that is cached, else one in use."""
@@ -432,7 +459,13 @@ class Router:
             page, built_in = VoicePage((), has_more=False), built_in[ids.index(after) + 1 :]
         else:
             page = await self._voices.list(caller, limit=limit, after=after)
-            page = replace(page, voices=tuple(await asyncio.gather(*map(self._with_words, page.voices))))
+            gate = asyncio.Semaphore(_READS_AT_ONCE)
+
+            async def with_words(voice: Voice) -> Voice:
+                async with gate:
+                    return await self._with_words(voice)
+
+            page = replace(page, voices=tuple(await asyncio.gather(*map(with_words, page.voices))))
         if page.has_more:
             return page
         room = limit - len(page.voices)
@@ -644,6 +677,11 @@ def _new_voice(request: EnrolRequest, consent: Consent | None) -> NewVoice:
         finding = error.errors(include_url=False, include_input=False)[0]
         param = str(finding["loc"][-1])
         raise InvalidValue(f"'{param}': {finding['msg']}.", param=param) from error
+
+
+def _taken(verdicts: list[UtteranceVerified]) -> list[UtteranceVerified]:
+    taken, verdicts[:] = list(verdicts), []
+    return taken
 
 
 def _tier(priority: Priority, *, first: bool) -> Tier:

@@ -24,11 +24,11 @@ def align(text: str, heard: Sequence[Word]) -> tuple[Word, ...]:
     Words found in both, in order, keep the times they were heard at. Of what differs between two of them the
     pieces share the time there, by their letters.
     """
-    pieces = _pieces(text)
-    known = [piece for word in heard for piece in _timed(_pieces(word.text), word.start_s, word.end_s)]
-    keys = [_key(piece) for piece in pieces]
+    pieces = pieces_of(text)
+    known = [piece for word in heard for piece in _timed(pieces_of(word.text), word.start_s, word.end_s)]
+    keys = [letters_of(piece) for piece in pieces]
     # autojunk would ignore the words that are frequent in a long text, which are most of any text.
-    matcher = SequenceMatcher(None, keys, [_key(piece.text) for piece in known], autojunk=False)
+    matcher = SequenceMatcher(None, keys, [letters_of(piece.text) for piece in known], autojunk=False)
     agreed = sum(
         len(key) for block in matcher.get_matching_blocks() for key in keys[block.a : block.a + block.size]
     )
@@ -54,12 +54,12 @@ def align(text: str, heard: Sequence[Word]) -> tuple[Word, ...]:
     return tuple(words)
 
 
-def _pieces(text: str) -> list[str]:
+def pieces_of(text: str) -> list[str]:
     """``text`` cut before its words; signs without a letter stay with the word before them."""
     pieces: list[str] = []
     pending = ""
     for found in _PIECE.findall(text):
-        if _key(found):
+        if letters_of(found):
             pieces.append(pending + found)
             pending = ""
         elif pieces:
@@ -71,7 +71,7 @@ def _pieces(text: str) -> list[str]:
     return pieces
 
 
-def _key(piece: str) -> str:
+def letters_of(piece: str) -> str:
     """What two ways of writing one word have in common."""
     return "".join(char for char in piece.casefold() if unicodedata.category(char)[0] in "LMN")
 
@@ -79,7 +79,7 @@ def _key(piece: str) -> str:
 def _timed(pieces: Iterable[str], start_s: float, end_s: float) -> list[Word]:
     """``pieces`` one after the other from ``start_s`` to ``end_s``, as long as they have letters."""
     pieces = list(pieces)
-    letters = [max(1, len(_key(piece))) for piece in pieces]
+    letters = [max(1, len(letters_of(piece))) for piece in pieces]
     per_letter_s = (end_s - start_s) / max(1, sum(letters))
     words = []
     for piece, count in zip(pieces, letters, strict=True):

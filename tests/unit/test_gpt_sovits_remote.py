@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -277,8 +278,12 @@ def test_two_servers_work_at_the_same_time(
 
     for server in servers:
         server.pipeline.tone = _meeting(server.pipeline.tone, both)  # type: ignore[method-assign]
-    sounds = all_of(backend(*servers), [say("One."), say("Two.")])
+    one = backend(*servers)
+    sounds = all_of(one, [say("One."), say("Two.")])
     assert all(isinstance(sound, np.ndarray) for sound in sounds)
+    # Whether in one call or in two.
+    with ThreadPoolExecutor(2) as callers:
+        assert all(len(sound) for sound in callers.map(spoken, [one, one], [say("One."), say("Two.")]))
 
 
 def _meeting(
