@@ -15,7 +15,7 @@ import socket
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -464,8 +464,8 @@ def archive_of(kind: str) -> bytes:
             member = tarfile.TarInfo("../../x.wav")
             member.size = len(wav)
             tar.addfile(member, io.BytesIO(wav))
-    packed = {"tar.gz": gzip.compress, "tar.xz": lzma.compress}.get(kind, bytes)
-    return packed(out.getvalue())
+    packers: dict[str, Callable[[bytes], bytes]] = {"tar.gz": gzip.compress, "tar.xz": lzma.compress}
+    return packers.get(kind, bytes)(out.getvalue())
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
