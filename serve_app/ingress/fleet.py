@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve._private.client import ServeControllerClient
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.exceptions import ExternalScalerDisabledError
 from ray.serve.context import _get_global_client
@@ -63,18 +64,25 @@ class Node:
         return self.status in ONLINE
 
 
+def _client() -> ServeControllerClient:
+    client = _get_global_client()
+    if client is None:
+        raise RayServeException("There is no controller.")
+    return client
+
+
 class Controller:
     """Serve's controller, as far as the fleet needs it. Its methods block."""
 
     def deployments(self) -> Mapping[str, Any]:
         """Deployments of this application by name, in the form of Serve's ``DeploymentDetails``."""
-        details = _get_global_client().get_serve_details()
+        details = _client().get_serve_details()
         deployments: Mapping[str, Any] = details["applications"][_app_name()]["deployments"]
         return deployments
 
     def scale(self, deployment: str, replicas: int) -> None:
         """Have so many replicas, until the application is deployed again."""
-        controller = _get_global_client()._controller
+        controller = _client()._controller
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(deployment, _app_name()), replicas))
 
 

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from benchmarks.ports import free_port
 from tests.cluster.conftest import BIN, Program, haproxy_environment, look_inside, raw_speech_request
@@ -121,7 +122,7 @@ def test_a_socket_is_told_the_status_and_a_page_of_others_is_refused(url: str) -
         watcher.send('{"type": "ping"}')
         while json.loads(watcher.recv(timeout=30))["type"] != "pong":
             pass
-    with pytest.raises(InvalidStatus) as refused, connect(place, origin="https://evil.example"):  # type: ignore[arg-type]
+    with pytest.raises(InvalidStatus) as refused, connect(place, origin=Origin("https://evil.example")):
         pass
     assert refused.value.response.status_code == 403
 

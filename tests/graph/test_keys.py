@@ -166,7 +166,8 @@ def test_c12_odd_heads_are_refused_and_the_server_goes_on(server: Server, head: 
 
 def logs() -> dict[Path, str]:
     """Every log of this Ray."""
-    folder = Path(ray._private.worker._global_node.get_logs_dir_path())  # type: ignore[union-attr]
+    node: Any = ray._private.worker._global_node
+    folder = Path(node.get_logs_dir_path())
     return {path: path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()}
 
 

@@ -269,7 +269,7 @@ def test_ws_tells_of_announcements_and_of_ones_own_batches(server: Server) -> No
         assert answer.json()["succeeded"] == 6
 
         def ended(message: dict[str, Any]) -> bool:
-            return message["type"] == "request_complete" and message["data"]["succeeded"] == 6
+            return bool(message["type"] == "request_complete" and message["data"]["succeeded"] == 6)
 
         assert hear(mine, ended)["data"]["request_id"] == "batch-to-watch"
         # Whoever did not ask hears nothing of it.
