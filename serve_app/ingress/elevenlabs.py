@@ -225,5 +225,4 @@ def _voice(voice: Voice) -> dict[str, Any]:
         "description": voice.description or None,
         "preview_url": None,
         "created_at_unix": voice.created_at,
-        "is_owner": True,
     }
