@@ -7,7 +7,8 @@ The first run of either makes its checkpoint, which takes longer. Two processes 
 turns, so that whatever else the machine does hits both:
 
 - ``ours``      ``engines.xtts``, up to 16 utterances at once, its decoder in ``--precision``: int8 on a CPU
-                and bf16 on CUDA if left out, where the engine's own default is fp32;
+                and bf16 on CUDA if left out; its vocoder in ``--vocoder-precision``: bf16 if left out where
+                the hardware has it. The engine's own defaults are fp32;
 - ``baseline``  ``Xtts.inference`` and ``Xtts.inference_stream`` of coqui-tts with their defaults, in float32.
 
 The weights are random, of the published size: nothing here says how it sounds. Their stop token is bent to
@@ -58,6 +59,7 @@ FULL_TOKENS, QUICK_TOKENS = 140, 20
 FULL_TURNS: Final = {1: 3, 2: 1, 4: 1, 8: 1, 16: 1}
 QUICK_TURNS: Final = {1: 1, 16: 1}
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
+VocoderPrecision = Literal["fp32", "bf16", "fp16"]
 OURS, WHOLE, STREAM = "ours", "inference", "inference_stream"
 TEXTS: Final = tuple(
     f"{opening} the streaming server should begin to speak soon, and {rest} must follow in time."
@@ -149,12 +151,13 @@ def _stop_exactly_after(tokens: int, file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What both sides run on; ``precision`` is ours alone."""
+    """What both sides run on; the precisions are ours alone."""
 
     folder: Path
     threads: int
     device: str
     precision: Precision
+    vocoder_precision: VocoderPrecision
 
 
 class Ours:
@@ -171,6 +174,7 @@ class Ours:
                 accept_license=True,  # of weights that are random
                 device=setup.device,
                 precision=setup.precision,
+                vocoder_precision=setup.vocoder_precision,
                 threads=setup.threads,
                 trim_end=False,
             )
@@ -359,6 +363,11 @@ def _cpu(turns: Sequence[Turn]) -> float:
     return sum(turn.cpu_s for turn in turns) / sum(turn.audio_s for turn in turns)
 
 
+def _has_bf16(device: str) -> bool:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    return device != "cpu" or bool(flags & {"avx512_bf16", "amx_bf16"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -368,12 +377,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of each side")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--precision", choices=get_args(Precision), help="of our decoder")
+    parser.add_argument("--vocoder-precision", choices=get_args(VocoderPrecision), help="of our vocoder")
     asked = parser.parse_args()
     size = QUICK_SIZE if asked.quick else FULL
     tokens = asked.tokens or (QUICK_TOKENS if asked.quick else FULL_TOKENS)
     at = machine()
     quickest: Precision = "int8" if asked.device == "cpu" else "bf16"
-    setup = Setup(checkpoint(size, tokens), asked.threads, asked.device, asked.precision or quickest)
+    setup = Setup(
+        checkpoint(size, tokens),
+        asked.threads,
+        asked.device,
+        asked.precision or quickest,
+        asked.vocoder_precision or ("bf16" if _has_bf16(asked.device) else "fp32"),
+    )
     if asked.quick:
         print(
             f"Quick: a GPT of {size.layers} layers, not {FULL.layers}, and {tokens} tokens. "
@@ -393,7 +409,7 @@ def main() -> None:
         "tokens": tokens,
         "threads": setup.threads,
         "device": setup.device,
-        "precision": {"ours": setup.precision, "baseline": "fp32"},
+        "precision": {"ours": setup.precision, "our vocoder": setup.vocoder_precision, "baseline": "fp32"},
     }
     report(details)
     if not asked.quick:

@@ -24,19 +24,19 @@ ROUTER = "router"
 _LIGHT_MAX_ONGOING = 1000
 #: Longest synthesis a replica is given to finish when it is taken away.
 _DRAIN_S = 60.0
-#: The ingress logs every request: a line at each further hop costs time and says nothing new.
-_NO_ACCESS_LOG = LoggingConfig(enable_access_log=False)
 
 
 def build_app(args: Settings) -> serve.Application:
     """The graph ingress -> router -> one deployment per engine. Takes the settings tree, pure otherwise."""
     refuse_unknown_variables()
-    engines = {name: _engine(name, settings) for name, settings in args.engines.items()}
+    # The ingress logs every request: a line at each further hop costs time and says nothing new.
+    quiet = LoggingConfig(log_level=args.log_level, enable_access_log=False)
+    engines = {name: _engine(name, settings, quiet) for name, settings in args.engines.items()}
     router = _deployment(
         Router,
         name=ROUTER,
         max_ongoing_requests=_LIGHT_MAX_ONGOING,
-        logging_config=_NO_ACCESS_LOG,
+        logging_config=quiet,
         deployment_actors=[budget_actor()] if args.limits.state == "leases" else None,
         **_scale(args.router, busy_requests=100),
     )
@@ -44,6 +44,7 @@ def build_app(args: Settings) -> serve.Application:
         Ingress,
         name="ingress",
         max_ongoing_requests=_LIGHT_MAX_ONGOING,
+        logging_config=LoggingConfig(log_level=args.log_level),
         **_scale(args.ingress, busy_requests=100),
     )
     return ingress.bind(router.bind(engines, args), args)
@@ -55,7 +56,7 @@ def _deployment(kind: type, **options: Any) -> serve.Deployment:
     return deployment.options(graceful_shutdown_timeout_s=_DRAIN_S, **options)
 
 
-def _engine(name: str, settings: EngineSettings) -> serve.Application:
+def _engine(name: str, settings: EngineSettings, logging_config: LoggingConfig) -> serve.Application:
     # Only to ask it: a replica makes and loads its own.
     engine = make_engine(settings.engine or name, settings.config)
     # The next batch waits inside the replica: it starts without a trip to the router.
@@ -66,7 +67,7 @@ def _engine(name: str, settings: EngineSettings) -> serve.Application:
         EngineReplica,
         name=f"engine-{name}",
         max_ongoing_requests=max_calls,
-        logging_config=_NO_ACCESS_LOG,
+        logging_config=logging_config,
         request_router_config=RequestRouterConfig.model_validate(backoff),
         **_scale(settings.replicas, busy_requests=max_calls, runtime_env=settings.runtime_env),
     )

@@ -112,12 +112,13 @@ def voices_add(
 
 @voices_app.command("list")
 def voices_list(server: ServerOption = DEFAULT_SERVER) -> None:
-    """List the enrolled voices."""
+    """List the enrolled voices, and those that come with an engine."""
     with HttpClient(server) as tts:
         voices = tts.voices()
-    table = Table("id", "name", "language", "seconds")
+    table = Table("id", "name", "language", "seconds", "engine")
     for voice in voices:
-        table.add_row(voice.id, voice.name, voice.language, f"{voice.duration_s:.1f}")
+        seconds = f"{voice.duration_s:.1f}" if voice.duration_s else ""
+        table.add_row(voice.id, voice.name, voice.language, seconds, voice.engine or "any")
     out.print(table)
 
 

@@ -41,13 +41,17 @@ Recording = str | Path | bytes
 
 @dataclass(frozen=True, slots=True)
 class VoiceInfo:
-    """An enrolled voice."""
+    """A voice."""
 
     id: str
     name: str
+    #: Empty if unknown.
     language: str
+    #: Of its recording; 0 for a voice that comes with an engine.
     duration_s: float
     warnings: tuple[str, ...]
+    #: The only engine that speaks with it; empty for an enrolled voice.
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +159,7 @@ class Client(ABC):
 
     @abstractmethod
     def voices(self) -> list[VoiceInfo]:
-        """All voices in order of enrolment."""
+        """All voices in order of enrolment, and behind them those that come with an engine."""
 
     @abstractmethod
     def delete_voice(self, voice: str) -> None:
@@ -218,12 +222,15 @@ class HandleClient(Client):
         return _voice_info(self._portal.call(self._router.enrol, request).model_dump())
 
     def voices(self) -> list[VoiceInfo]:
-        """All voices in order of enrolment."""
+        """All voices in order of enrolment, and behind them those that come with an engine."""
         found: list[VoiceInfo] = []
         while True:
             after = found[-1].id if found else None
             page = self._portal.call(self._router.voices, "public", 1000, after)
             found.extend(_voice_info(voice.model_dump()) for voice in page.voices)
+            found.extend(
+                VoiceInfo(voice.id, voice.name, "", 0.0, (), voice.engine) for voice in page.built_in
+            )
             if not page.has_more:
                 return found
 
@@ -286,7 +293,7 @@ class HttpClient(Client):
         return _voice_info(self._json("POST", "/v1/audio/voices", data=form, files=sample))
 
     def voices(self) -> list[VoiceInfo]:
-        """All voices in order of enrolment."""
+        """All voices in order of enrolment, and behind them those that come with an engine."""
         found: list[VoiceInfo] = []
         while True:
             query = {"limit": "1000", **({"after": found[-1].id} if found else {})}
@@ -373,9 +380,10 @@ def _voice_info(fields: Mapping[str, Any]) -> VoiceInfo:
     return VoiceInfo(
         id=fields["id"],
         name=fields["name"],
-        language=fields["language"] or "",
-        duration_s=fields["duration_s"],
-        warnings=tuple(fields["warnings"]),
+        language=fields.get("language") or "",
+        duration_s=fields.get("duration_s", 0.0),
+        warnings=tuple(fields.get("warnings", ())),
+        engine=fields.get("model", ""),
     )
 
 

@@ -279,6 +279,11 @@ class Settings(BaseSettings):
     )
     cache: CacheSettings = Field(default_factory=CacheSettings, description="Cache of finished audio.")
     keys: dict[str, ApiKey] = Field(default_factory=dict, description="API keys by the name of their holder.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        default_factory=lambda: os.environ.get("LOG_LEVEL", "INFO").upper(),
+        validate_default=True,
+        description="Least severe messages that replicas log; the variable `LOG_LEVEL` if left out.",
+    )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = Field(
         default=(),
         description="Addresses and networks of proxies in front, whose `X-Forwarded-For` is believed.",
@@ -309,6 +314,9 @@ class Settings(BaseSettings):
                 kind = engine_class(settings.engine or name)
             except EngineError as error:
                 raise ValueError(str(error)) from error
+            device = os.environ.get("DEVICE")
+            if device and "device" in kind.Config.model_fields:
+                settings.config.setdefault("device", device)
             kind.Config.model_validate(settings.config)
         return engines
 

@@ -17,8 +17,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Logs go to Ray's log directory; the terminal belongs to whoever typed the command.
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-    # HAProxy must learn that an ingress replica is going before it goes, or it sends it requests that are lost.
-    # Serve allows 30 s for load balancers elsewhere; the one on this machine is told in less.
+    # HAProxy must learn that an ingress replica goes before it is gone, or what it sends there is lost. Serve
+    # allows 30 s, for load balancers elsewhere; the one on this machine is told in less.
     os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "5")
     # Ray gives its daemons 30 s to come up, which a busy machine needs more than.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")

@@ -31,7 +31,7 @@ from serve_app.protocol import (
 )
 from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.store import VoicePage
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 T = TypeVar("T")
 
@@ -92,12 +92,12 @@ class RouterHandle:
         """Make a voice of a recording."""
         return await self._call("enrol", Voice, request)
 
-    async def voice(self, voice: str, owner: str = "public") -> Voice:
+    async def voice(self, voice: str, owner: str = "public") -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
-        return await self._call("voice", Voice, voice, owner)
+        return await self._call("voice", (Voice, BuiltInVoice), voice, owner)
 
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
+        """Voices in order of enrolment, and behind them those that come with an engine."""
         return await self._call("voices", VoicePage, owner, limit, after)
 
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
@@ -133,7 +133,7 @@ class RouterHandle:
         """Return if the default engine can speak; raise ``EngineUnavailable`` if not."""
         await self._call("ready", bool)
 
-    async def _call(self, method: str, kind: type[T], *args: object) -> T:
+    async def _call(self, method: str, kind: type[T] | tuple[type[T], ...], *args: object) -> T:
         try:
             answer = await getattr(self._handle, method).remote(*args)
         except (RayError, RayServeException) as error:

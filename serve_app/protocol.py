@@ -197,6 +197,8 @@ class EngineFacts:
     languages: tuple[str, ...]
     slots: int
     weights_fingerprint: str
+    #: Names of the voices that come with the weights.
+    built_in_voices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,17 @@ class EngineReplica:
     async def describe(self) -> EngineFacts:
         """The engine's card and what only the loaded engine knows."""
         engine = self._engine
-        return EngineFacts(engine.card, engine.languages, engine.config.slots, engine.weights_fingerprint)
+        return EngineFacts(
+            engine.card,
+            engine.languages,
+            engine.config.slots,
+            engine.weights_fingerprint,
+            tuple(sorted(engine.built_in_voices)),
+        )
+
+    async def built_in_voice(self, name: str) -> Conditioning:
+        """Conditioning of a voice that comes with the weights. ``name`` is one that ``describe`` gave."""
+        return self._engine.built_in_voices[name]
 
     async def synthesize(
         self, calls: list[UtteranceCall], terms: BatchTerms

@@ -201,7 +201,7 @@ class DecodeLoop:
             waves = self._vocoder.samples(
                 [window for _, window, _ in group], [speech.order.embedding for speech, _, _ in group]
             )
-            pieces = [wave.float().cpu().numpy().copy() for wave in waves]
+            pieces = [wave.cpu().numpy().copy() for wave in waves]
         except Exception as error:  # noqa: BLE001 - these utterances failed, the others go on
             for speech, _, _ in group:
                 speech.fail(_told(error))

@@ -26,7 +26,7 @@ from engines.weights import require_licence
 from engines.xtts import conditioning
 from engines.xtts.decode_loop import DecodeLoop, is_out_of_memory
 from engines.xtts.decoder import Decoder
-from engines.xtts.linear import Precision
+from engines.xtts.linear import activation_type
 from engines.xtts.memory import VOICE_LATENTS, cache_columns, require_room, slot_bytes
 from engines.xtts.model_files import load_model
 from engines.xtts.sampling import Sampling
@@ -47,7 +47,7 @@ class LoadedXtts:
     def __init__(self, settings: XttsConfig, card: EngineCard, folder: Path) -> None:
         """Raises ``ModelError`` (missing, corrupt, licence not accepted, no room, wrong device)."""
         self._device = _device(settings.device)
-        _require_possible(settings.precision, self._device)
+        _require_possible(settings, self._device)
         require_licence(card, folder, accepted=settings.accept_license)
         self._model = model = load_model(card, folder)
         network, config = model.network, model.config
@@ -82,7 +82,7 @@ class LoadedXtts:
                 next_step="Set fewer slots, or precision: bf16.",
             ) from error
         self._max_tokens = decoder.max_tokens
-        vocoder = Vocoder(network.hifigan_decoder)
+        vocoder = Vocoder(network.hifigan_decoder, activation_type(settings.vocoder_precision))
         self.loop = DecodeLoop(
             decoder,
             vocoder,
@@ -191,9 +191,11 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _require_possible(precision: Precision, device: torch.device) -> None:
-    if (precision == "int8" and device.type == "cuda") or (precision == "fp16" and device.type == "cpu"):
+def _require_possible(settings: XttsConfig, device: torch.device) -> None:
+    asked = {settings.precision, settings.vocoder_precision}
+    for precision in asked & ({"int8"} if device.type == "cuda" else {"fp16"}):
         raise ModelError(
             f"XTTS-v2 has no precision '{precision}' on {device.type}.",
-            next_step="Use bf16 or fp32" + (" or fp16." if device.type == "cuda" else " or int8."),
+            next_step="Use bf16 or fp32"
+            + (" or fp16." if device.type == "cuda" else ", or int8 for the GPT."),
         )

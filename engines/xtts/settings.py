@@ -29,6 +29,11 @@ class XttsConfig(EngineConfig):
     precision: Literal["fp32", "bf16", "fp16", "int8"] = Field(
         default="fp32", description="Arithmetic of the GPT; int8 is for CPUs, fp16 for CUDA."
     )
+    vocoder_precision: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32",
+        description="Arithmetic of the vocoder; bf16 is faster on CUDA and on CPUs with AVX512-BF16 or AMX, "
+        "fp16 is for CUDA.",
+    )
     cache_mb: int | None = Field(
         default=None, ge=1, description="Memory the slots may take; what is free if left out."
     )

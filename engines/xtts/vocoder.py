@@ -86,9 +86,13 @@ class Stretch:
 class Vocoder:
     """The HiFi-GAN of a loaded model."""
 
-    def __init__(self, hifigan_decoder: Any) -> None:
-        """``hifigan_decoder``: coqui-tts's ``HifiDecoder`` with weight norm folded, on its device."""
-        self._network = hifigan_decoder.waveform_decoder
+    def __init__(self, hifigan_decoder: Any, kind: torch.dtype = torch.float32) -> None:
+        """``hifigan_decoder``: coqui-tts's ``HifiDecoder`` with weight norm folded, on its device.
+
+        ``kind``: type of its arithmetic. Latents are stretched in float32 all the same; samples are float32.
+        """
+        self._network = hifigan_decoder.waveform_decoder.to(kind)
+        self._type = kind
         self._factors = (
             hifigan_decoder.ar_mel_length_compression / hifigan_decoder.output_hop_length,
             hifigan_decoder.output_sample_rate / hifigan_decoder.input_sample_rate,
@@ -112,8 +116,9 @@ class Vocoder:
 
     def samples(self, windows: Sequence[Window], embeddings: Sequence[Tensor]) -> list[Tensor]:
         """Samples [frames * 256] of each of ``windows``, which are of equal size, in the voices [512]."""
-        features = torch.stack([window.features for window in windows])
-        waves = self._network(features, g=torch.stack(list(embeddings))[:, :, None])[:, 0]
+        features = torch.stack([window.features for window in windows]).to(self._type)
+        voices = torch.stack(list(embeddings))[:, :, None].to(self._type)
+        waves = self._network(features, g=voices)[:, 0].float()
         return [
             wave[window.before * FRAME_SAMPLES : (window.before + window.last - window.first) * FRAME_SAMPLES]
             for window, wave in zip(windows, waves, strict=True)

@@ -29,7 +29,7 @@ def build_api(router: RouterHandle, settings: Settings) -> FastAPI:
     api.include_router(voices.routes(router, callers, settings))
     api.include_router(consents.routes(router, callers))
     api.include_router(elevenlabs.routes(router, callers, settings))
-    api.include_router(xtts_server.routes(router, callers))
+    api.include_router(xtts_server.routes(router, callers, settings))
     api.include_router(v3.routes(router, callers))
     api.include_router(ops.routes(router))
     max_upload_bytes = settings.voices.reference.max_upload_bytes

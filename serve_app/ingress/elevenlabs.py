@@ -23,7 +23,7 @@ from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
 from serve_app.ingress.speech_body import printable
 from serve_app.protocol import EngineFacts, EnrolRequest, Priority, SpeechRequest
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 _THEIR_MODELS = "eleven_"
 _DEFAULT_OUTPUT = "mp3_44100_128"
@@ -74,7 +74,7 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
             SpeechRequest(
                 text=body.text,
                 voice=voice_id,
-                model=_engine(body.model_id, settings),
+                model=_engine(body.model_id, voice_id, settings),
                 language=body.language_code,
                 speed=1.0 if speed is None else speed,
                 seed=body.seed,
@@ -103,11 +103,11 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
         """Speak a text; audio while it is spoken."""
         return await speak(voice_id, body, output_format, request, stream=True)
 
-    async def all_voices() -> list[Voice]:
-        voices: list[Voice] = []
+    async def all_voices() -> list[Voice | BuiltInVoice]:
+        voices: list[Voice | BuiltInVoice] = []
         while True:
             page = await router.voices(limit=1000, after=voices[-1].id if voices else None)
-            voices.extend(page.voices)
+            voices.extend([*page.voices, *page.built_in])
             if not page.has_more:
                 return voices
 
@@ -124,16 +124,18 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
     ) -> dict[str, Any]:
         """Voices whose name or description holds a text, in pages."""
         wanted = search.casefold()
-        found = [
-            voice for voice in await all_voices() if wanted in f"{voice.name}\n{voice.description}".casefold()
-        ]
-        rest = [voice for voice in found if next_page_token is None or voice.id > next_page_token]
-        has_more = len(rest) > page_size
+        voices = [_voice(voice) for voice in await all_voices()]
+        found = [voice for voice in voices if wanted in f"{voice['name']}\n{voice['description']}".casefold()]
+        ids = [voice["voice_id"] for voice in found]
+        # Behind the last of the page before; at the beginning again if that voice is gone.
+        begin = ids.index(next_page_token) + 1 if next_page_token in ids else 0
+        page = found[begin : begin + page_size]
+        has_more = len(found) > begin + page_size
         return {
-            "voices": [_voice(voice) for voice in rest[:page_size]],
+            "voices": page,
             "has_more": has_more,
             "total_count": len(found),
-            "next_page_token": rest[page_size - 1].id if has_more else None,
+            "next_page_token": page[-1]["voice_id"] if has_more else None,
         }
 
     @api.post("/v1/voices/add")
@@ -191,12 +193,16 @@ def model_list(models: dict[str, EngineFacts | None]) -> list[dict[str, Any]]:
     ]
 
 
-def _engine(model_id: str | None, settings: Settings) -> str | None:
-    """The engine meant; None is the default. Raises ``ModelNotFound`` for what is neither ours nor theirs."""
-    if model_id is None or settings.served_engine(model_id) is not None:
+def _engine(model_id: str | None, voice_id: str, settings: Settings) -> str | None:
+    """The engine meant; None is the default. Raises ``ModelNotFound`` for what is neither ours nor theirs.
+
+    One of their models says nothing about ours: then a voice that comes with an engine chooses that engine.
+    """
+    if model_id is not None and settings.served_engine(model_id) is not None:
         return model_id
-    if model_id.startswith(_THEIR_MODELS):
-        return None
+    if model_id is None or model_id.startswith(_THEIR_MODELS):
+        engine = BuiltInVoice.engine_in(voice_id)
+        return engine if engine in settings.engines else None
     raise ModelNotFound(f"No such model. Served: {', '.join(settings.engines)}.", param="model_id")
 
 
@@ -216,7 +222,16 @@ def _output(name: str) -> tuple[AudioFormat, int, int | None]:
     )
 
 
-def _voice(voice: Voice) -> dict[str, Any]:
+def _voice(voice: Voice | BuiltInVoice) -> dict[str, Any]:
+    if isinstance(voice, BuiltInVoice):
+        return {
+            "voice_id": voice.id,
+            "name": voice.name,
+            "category": "premade",
+            "labels": {},
+            "description": f"Comes with engine '{voice.engine}'.",
+            "preview_url": None,
+        }
     return {
         "voice_id": voice.id,
         "name": voice.name,

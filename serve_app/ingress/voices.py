@@ -11,12 +11,26 @@ from serve_app.errors import UnsupportedOption
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.protocol import EnrolRequest
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 
-def voice_object(voice: Voice, settings: Settings) -> dict[str, Any]:
+def voice_object(voice: Voice | BuiltInVoice, settings: Settings) -> dict[str, Any]:
     """A voice as clients see it."""
-    aliases = settings.voices.aliases
+    aliases = [alias for alias, target in settings.voices.aliases.items() if target in (voice.id, voice.name)]
+    if isinstance(voice, BuiltInVoice):
+        return {
+            "object": "audio.voice",
+            "id": voice.id,
+            "voice_id": voice.id,
+            "name": voice.name,
+            "type": "built_in",
+            # Required by OpenAI's type; nobody knows when it was recorded.
+            "created_at": 0,
+            "status": "ready",
+            "engines": [voice.engine],
+            "aliases": aliases,
+            "model": voice.engine,
+        }
     return {
         "object": "audio.voice",
         "id": voice.id,
@@ -27,7 +41,7 @@ def voice_object(voice: Voice, settings: Settings) -> dict[str, Any]:
         "status": "ready",
         # A voice belongs to no engine: each makes its own conditioning of the recording.
         "engines": list(settings.engines),
-        "aliases": [alias for alias, target in aliases.items() if target in (voice.id, voice.name)],
+        "aliases": aliases,
         "language": voice.language or None,
         "languages": [voice.language] if voice.language else [],
         "description": voice.description or None,
@@ -87,9 +101,10 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
         after: Annotated[str | None, Query(max_length=200)] = None,
         legacy: Annotated[bool, Query(description="Only names under 'voices'.")] = False,
     ) -> dict[str, Any]:
-        """Voices in order of enrolment."""
+        """Voices in order of enrolment, and behind them those that come with an engine."""
         page = await router.voices(limit=limit, after=after)
-        voices = [voice_object(voice, settings) for voice in page.voices]
+        found: list[Voice | BuiltInVoice] = [*page.voices, *page.built_in]
+        voices = [voice_object(voice, settings) for voice in found]
         return {
             "object": "list",
             "data": voices,

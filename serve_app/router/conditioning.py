@@ -18,7 +18,7 @@ from serve_app.router.detached import start_detached
 from serve_app.router.dispatch import EngineDispatch
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoiceStore
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
@@ -66,6 +66,17 @@ class ConditioningSource:
         """Conditioning of ``voice`` for the weights in ``facts``."""
         key = (voice.revision, facts.card.name, facts.weights_fingerprint)
         return await self._shared(key, lambda: self._load(key, voice, facts, engine))
+
+    async def built_in(
+        self, voice: BuiltInVoice, facts: EngineFacts, engine: EngineDispatch
+    ) -> VoiceConditioning:
+        """Conditioning of a voice that comes with the weights in ``facts``."""
+        key = (voice.id, facts.card.name, facts.weights_fingerprint)
+
+        async def load() -> VoiceConditioning:
+            return self._remember(key, await engine.built_in_voice(voice.name))
+
+        return await self._shared(key, load)
 
     async def once(
         self,

@@ -124,6 +124,11 @@ class EngineDispatch:
             raise answer
         return answer
 
+    async def built_in_voice(self, name: str) -> Conditioning:
+        """Conditioning of a voice that comes with the weights. Raises ``EngineUnavailable``."""
+        conditioning: Conditioning = await self._somewhere("built_in_voice", name)
+        return conditioning
+
     async def refine_voice(self, reference: Reference, conditioning: Conditioning) -> Conditioning | None:
         """A better conditioning, or None if there is nothing to refine. Raises as ``extract_voice``."""
         answer: Conditioning | EngineError | None = await self._somewhere(

@@ -50,6 +50,7 @@ from serve_app.protocol import (
 )
 from serve_app.router import text as texts
 from serve_app.router.batching import EngineQueue, QueueLimits
+from serve_app.router.built_in_voices import built_in_voices, find_built_in_voice
 from serve_app.router.conditioning import ConditioningSource, VoiceConditioning, extract
 from serve_app.router.consents import Consents
 from serve_app.router.dispatch import REPLICA_LOST, EngineDispatch, UnreservedDispatch, rows_per_call
@@ -61,7 +62,7 @@ from serve_app.router.speech import Playback, Speech
 from serve_app.voices.consents import ConsentPage, VoiceConsent
 from serve_app.voices.reference import ReferenceReader
 from serve_app.voices.store import VoicePage, VoiceStore
-from serve_app.voices.voice import Consent, NewVoice, Voice
+from serve_app.voices.voice import BuiltInVoice, Consent, NewVoice, Voice
 
 logger = logging.getLogger("ray.serve")
 
@@ -226,7 +227,7 @@ class Router:
         key = self._settings.keys.get(request.caller.key)
         facts = await self._engine_facts(name)
         self._check_options(request, facts)
-        voice_id, language, prepared = await self._prepared(request, text, facts, self._engines[name])
+        voice_id, language, prepared = await self._prepared(request, text, name, facts)
         # A flood of dots too long to join a neighbour has nothing to say; the rest of the text has.
         pieces = [
             piece
@@ -297,15 +298,18 @@ class Router:
                 self._metrics.observe(GAPS, playback.gap_s, engine=name, client=client)
 
     async def _prepared(
-        self, request: SpeechRequest, text: str, facts: EngineFacts, engine: EngineDispatch
+        self, request: SpeechRequest, text: str, name: str, facts: EngineFacts
     ) -> tuple[str, str, VoiceConditioning]:
         """Id of the voice (empty for a one-shot reference), language to speak, and conditioning."""
+        engine = self._engines[name]
         if request.reference is not None:
             language = _language(request.language, text, facts)
             once = await self._conditioning.once(request.reference, facts, engine, self._reader)
             return "", language, once
-        voice = await self._voice(request.voice, request.owner)
+        voice = await self._voice(request.voice, request.owner, name)
         language = _language(request.language, text, facts)
+        if isinstance(voice, BuiltInVoice):
+            return voice.id, language, await self._conditioning.built_in(voice, facts, engine)
         return voice.id, language, await self._conditioning.get(voice, facts, engine)
 
     def _seed(self, request: SpeechRequest, content: bytes) -> AbstractContextManager[int]:
@@ -383,19 +387,41 @@ class Router:
         )
 
     @answers
-    async def voice(self, voice: str, owner: str = "public") -> Voice:
+    async def voice(self, voice: str, owner: str = "public") -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
+        await self._meet_engines()
         return await self._voice(voice, owner)
 
     @answers
     async def voices(self, owner: str = "public", limit: int = 100, after: str | None = None) -> VoicePage:
-        """Voices in order of enrolment."""
-        return await self._store.list(owner, limit=limit, after=after)
+        """Voices in order of enrolment, and behind them those that come with an engine."""
+        await self._meet_engines()
+        built_in = built_in_voices(self._facts)
+        ids = [voice.id for voice in built_in]
+        if after in ids:
+            page, built_in = VoicePage((), has_more=False), built_in[ids.index(after) + 1 :]
+        else:
+            page = await self._store.list(owner, limit=limit, after=after)
+        if page.has_more:
+            return page
+        room = limit - len(page.voices)
+        return replace(page, built_in=tuple(built_in[:room]), has_more=len(built_in) > room)
+
+    async def _meet_engines(self) -> None:
+        """Learn what engines bring with them, of those that should be running: none is started for it."""
+        names = [name for name in self._engines if self._settings.engines[name].replicas.min_replicas]
+        await asyncio.gather(
+            *(self._engine_facts(name, timeout_s=2.0) for name in names), return_exceptions=True
+        )
 
     @answers
     async def delete_voice(self, voice: str, owner: str = "public") -> Voice:
         """Remove a voice; speeches that run finish with it."""
         found = await self._voice(voice, owner)
+        if isinstance(found, BuiltInVoice):
+            raise VoiceNotFound(
+                f"'{found.name}' comes with engine '{found.engine}' and cannot be deleted.", param="voice"
+            )
         await self._store.delete(found.id, owner)
         self._conditioning.forget(found)
         return found
@@ -488,8 +514,23 @@ class Router:
             chunk_timeout_s=batching.chunk_timeout_s,
         )
 
-    async def _voice(self, voice: str, owner: str) -> Voice:
-        return await self._store.get(self._settings.voices.aliases.get(voice, voice), owner)
+    async def _voice(self, voice: str, owner: str, engine: str | None = None) -> Voice | BuiltInVoice:
+        """An enrolled voice, or else one that comes with an engine: with ``engine``, if one is named."""
+        asked = self._settings.voices.aliases.get(voice, voice)
+        try:
+            return await self._store.get(asked, owner)
+        except VoiceNotFound:
+            found = find_built_in_voice(asked, {engine: self._facts[engine]} if engine else self._facts)
+            if found is not None:
+                return found
+            elsewhere = find_built_in_voice(asked, self._facts)
+            if elsewhere is None:
+                raise
+        raise VoiceNotFound(
+            f"'{elsewhere.name}' comes with engine '{elsewhere.engine}' and speaks with no other. "
+            f"Set 'model' to '{elsewhere.engine}'.",
+            param="voice",
+        )
 
     def _check_length(self, text: str) -> None:
         limit = self._settings.limits.max_input_chars

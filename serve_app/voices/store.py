@@ -49,7 +49,15 @@ from serve_app.errors import (
 from serve_app.voices.local_disk import sweep_directory
 from serve_app.voices.object_access import ObjectAccess, says
 from serve_app.voices.reference import CheckedReference, decode_flac, fingerprint_of
-from serve_app.voices.voice import PUBLIC, NewVoice, Voice, checked_name, is_owner, is_voice_id
+from serve_app.voices.voice import (
+    PUBLIC,
+    BuiltInVoice,
+    NewVoice,
+    Voice,
+    checked_name,
+    is_owner,
+    is_voice_id,
+)
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -75,6 +83,8 @@ class VoicePage:
 
     voices: tuple[Voice, ...]
     has_more: bool
+    #: Behind the last enrolled voice: those that come with an engine.
+    built_in: tuple[BuiltInVoice, ...] = ()
 
 
 @dataclass(slots=True)

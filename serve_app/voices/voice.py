@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from typing import Annotated, Final
+from urllib.parse import quote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -41,6 +43,26 @@ def checked_name(name: str) -> str:
     if is_voice_id(name):
         raise ValueError("a name cannot look like a voice id")
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltInVoice:
+    """A voice that comes with the weights of an engine and speaks with that engine only."""
+
+    #: Served name of the engine.
+    engine: str
+    name: str
+
+    @property
+    def id(self) -> str:
+        """Its id: in ASCII, whatever the name is written in, and never that of an enrolled voice."""
+        return f"{self.engine}:{quote(self.name, safe=' ')}"
+
+    @staticmethod
+    def engine_in(voice_id: str) -> str | None:
+        """The engine that an id names; None for the id of an enrolled voice."""
+        engine, colon, _ = voice_id.partition(":")
+        return engine if colon else None
 
 
 Name = Annotated[str, AfterValidator(checked_name)]

@@ -110,6 +110,32 @@ def test_many_streams_are_each_what_they_are_alone(xtts: httpx.Client) -> None:
         assert heard(xtts, body) == expected
 
 
+def test_speakers_of_the_checkpoint_are_voices(xtts: httpx.Client) -> None:
+    listed = xtts.get("/v1/audio/voices").json()["data"]
+    assert [voice["type"] for voice in listed] == ["audio_sample"] * VOICES + ["built_in"] * 2
+    speaker = listed[-1]
+    assert speaker["model"] == "xtts"
+    assert xtts.get(f"/v1/audio/voices/{speaker['id']}").json() == speaker
+    spoken = {heard(xtts, {**request(1), "voice": voice["name"]}) for voice in (*listed[-2:], listed[0])}
+    assert len(spoken) == 3
+    assert heard(xtts, {**request(1), "voice": speaker["id"]}) in spoken
+    refused = xtts.delete(f"/v1/audio/voices/{speaker['id']}")
+    assert refused.status_code == 404
+    assert "cannot be deleted" in refused.json()["error"]["message"]
+
+
+def test_listing_goes_on_from_enrolled_to_built_in_voices(xtts: httpx.Client) -> None:
+    every = [voice["id"] for voice in xtts.get("/v1/audio/voices").json()["data"]]
+    found: list[str] = []
+    more = True
+    while more:
+        query = {"limit": "3", **({"after": found[-1]} if found else {})}
+        page = xtts.get("/v1/audio/voices", params=query).json()
+        found += [voice["id"] for voice in page["data"]]
+        more = page["has_more"]
+    assert found == every
+
+
 def test_killed_replica_is_not_heard(xtts: httpx.Client) -> None:
     text = " ".join(f"Sentence number {number} goes on for some time." for number in range(12))
     body = {**request(1), "input": text}

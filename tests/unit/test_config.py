@@ -156,3 +156,20 @@ def test_mistake_in_user_config_is_named(user_config: dict[str, object], named: 
 def test_fallback_has_to_be_served() -> None:
     with pytest.raises(ValidationError, match=r"engines\.mosaic\.fallback"):
         Settings.model_validate({"engines": {"mosaic": {"fallback": ["nope"]}}})
+
+
+def test_variables_of_the_old_server_still_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEVICE", "cpu")
+    monkeypatch.setenv("LOG_LEVEL", "warning")
+    engines = {"xtts": {}, "on_gpu": {"engine": "xtts", "config": {"device": "cuda:1"}}, "tone": {}}
+    settings = load_settings(engines=engines)
+    assert {name: engine.config.get("device") for name, engine in settings.engines.items()} == {
+        "xtts": "cpu",
+        "on_gpu": "cuda:1",
+        "tone": None,
+    }
+    assert settings.log_level == "WARNING"
+    assert load_settings(log_level="DEBUG").log_level == "DEBUG"
+    monkeypatch.setenv("LOG_LEVEL", "loud")
+    with pytest.raises(ConfigError, match="log_level"):
+        load_settings()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -349,6 +350,20 @@ def test_windows_have_no_seams(pair: Pair, speed: float) -> None:
     assert len(pieces) >= 3
     assert done * FRAME_SAMPLES == len(expected)
     torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-5, rtol=0)
+
+
+def test_bf16_vocoder_stays_near(pair: Pair) -> None:
+    latents = torch.randn(30, 64, generator=torch.Generator().manual_seed(5))
+    embedding = torch.from_numpy(pair.voice.arrays["speaker_embedding"])
+    exact = Vocoder(pair.coqui.hifigan_decoder)
+    cheaper = Vocoder(deepcopy(pair.coqui.hifigan_decoder), torch.bfloat16)
+    window = Vocoder.window(exact.stretch(1.0), latents, 0, ended=True)
+    assert window is not None
+    with torch.inference_mode():
+        (expected,), (heard,) = (vocoder.samples([window], [embedding]) for vocoder in (exact, cheaper))
+    assert heard.dtype == torch.float32
+    assert not torch.equal(heard, expected)
+    assert float((heard - expected).norm() / expected.norm()) < 0.03
 
 
 # --- calls ------------------------------------------------------------------------------------------------
