@@ -44,7 +44,7 @@ def build_api(router: RouterHandle, settings: Settings, fleet: Fleet | None = No
     api.include_router(voices.routes(router, callers, settings))
     api.include_router(consents.routes(router, callers))
     api.include_router(elevenlabs.routes(router, callers, settings))
-    api.include_router(xtts_server.routes(router, callers))
+    api.include_router(xtts_server.routes(router, callers, settings))
     api.include_router(v3.routes(router, callers))
     api.include_router(v3_operations.routes(router, callers, fleet or Fleet(router, settings.engines)))
     api.include_router(ops.routes(router))

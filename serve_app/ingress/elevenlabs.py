@@ -74,7 +74,7 @@ def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRou
             SpeechRequest(
                 text=body.text,
                 voice=voice_id,
-                model=_engine(body.model_id, settings),
+                model=_engine(body.model_id, voice_id, settings),
                 language=body.language_code,
                 speed=1.0 if speed is None else speed,
                 seed=body.seed,
@@ -188,12 +188,16 @@ def model_list(models: dict[str, EngineFacts | None]) -> list[dict[str, Any]]:
     ]
 
 
-def _engine(model_id: str | None, settings: Settings) -> str | None:
-    """The engine meant; None is the default. Raises ``ModelNotFound`` for what is neither ours nor theirs."""
-    if model_id is None or settings.served_engine(model_id) is not None:
+def _engine(model_id: str | None, voice_id: str, settings: Settings) -> str | None:
+    """The engine meant; None is the default. Raises ``ModelNotFound`` for what is neither ours nor theirs.
+
+    One of their models says nothing about ours: then a voice that comes with an engine chooses that engine.
+    """
+    if model_id is not None and settings.served_engine(model_id) is not None:
         return model_id
-    if model_id.startswith(_THEIR_MODELS):
-        return None
+    if model_id is None or model_id.startswith(_THEIR_MODELS):
+        engine = BuiltInVoice.engine_in(voice_id)
+        return engine if engine in settings.engines else None
     raise ModelNotFound(f"No such model. Served: {', '.join(settings.engines)}.", param="model_id")
 
 
@@ -232,5 +236,4 @@ def _voice(voice: Voice | BuiltInVoice) -> dict[str, Any]:
         "description": voice.description or None,
         "preview_url": None,
         "created_at_unix": voice.created_at,
-        "is_owner": True,
     }

@@ -29,6 +29,11 @@ def printable(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if _NAME.fullmatch(name))[:_MOST_NAMES]
 
 
+def well_formed(text: str) -> str:
+    """``text`` without halves of characters, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class VoiceReference(BaseModel):
     """OpenAI's object form of ``voice``."""
 
@@ -110,7 +115,7 @@ class SpeechOptions(BaseModel):
         if self.ref_audio is None:
             return None
         audio = audio_of(self.ref_audio, max_bytes, param="ref_audio")
-        return OneShotReference(audio, self.ref_text or "", self.consent)
+        return OneShotReference(audio, well_formed(self.ref_text or ""), self.consent)
 
     def request(
         self,

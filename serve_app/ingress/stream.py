@@ -77,7 +77,7 @@ from serve_app.ingress.data_url import encoded_length
 from serve_app.ingress.live_socket import LiveSocket
 from serve_app.ingress.live_turn import Stretches, Turn
 from serve_app.ingress.problems import from_validation
-from serve_app.ingress.speech_body import SpeechOptions
+from serve_app.ingress.speech_body import SpeechOptions, well_formed
 from serve_app.ingress.written_text import Granularity
 from serve_app.protocol import OneShotReference, SpeechRequest
 
@@ -308,8 +308,7 @@ class _Live:
             raise InvalidValue("'text' is not a string. Send input.text with text.", param="text")
         if not text:
             return
-        # Half a character cannot be written as UTF-8, which is what the splitter reads.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = well_formed(text)
         turn = self._turn(config)
         limit = self._live.max_pending_chars
         if sum(waiting.pending for waiting in self._turns) + len(text) > limit:

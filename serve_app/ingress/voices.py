@@ -35,6 +35,7 @@ def voice_object(
     voice: Voice | BuiltInVoice, settings: Settings, *, with_words: bool = True
 ) -> dict[str, Any]:
     """A voice as clients see it. Without ``with_words`` the times of words, most of it, are left out."""
+    aliases = [alias for alias, target in settings.voices.aliases.items() if target in (voice.id, voice.name)]
     if isinstance(voice, BuiltInVoice):
         return {
             "object": "audio.voice",
@@ -44,9 +45,11 @@ def voice_object(
             "type": "built_in",
             # Required by OpenAI's type; nobody knows when it was recorded.
             "created_at": 0,
+            "status": "ready",
+            "engines": [voice.engine],
+            "aliases": aliases,
             "model": voice.engine,
         }
-    aliases = settings.voices.aliases
     transcript = None if voice.words is None else _transcript_object(voice.words, with_words)
     unsure = voice.words is not None and voice.words.is_unsure
     return {
@@ -59,7 +62,7 @@ def voice_object(
         "status": "ready",
         # A voice belongs to no engine: each makes its own conditioning of the recording.
         "engines": list(settings.engines),
-        "aliases": [alias for alias, target in aliases.items() if target in (voice.id, voice.name)],
+        "aliases": aliases,
         "language": voice.language or None,
         "languages": [voice.language] if voice.language else [],
         "description": voice.description or None,

@@ -14,10 +14,12 @@ from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from serve_app.audio.encode import AudioFormat
+from serve_app.config import Settings
 from serve_app.handle import RouterHandle
 from serve_app.ingress.callers import Callers
 from serve_app.ingress.speech import speech_response
 from serve_app.protocol import Priority, SpeechRequest
+from serve_app.voices.voice import BuiltInVoice
 
 Speaker = Annotated[str, Field(min_length=1, max_length=204)]
 Language = Annotated[str | None, Field(max_length=35)]
@@ -31,7 +33,7 @@ class ToAudioBody(BaseModel):
     language: Language = None
 
 
-def routes(router: RouterHandle, callers: Callers) -> APIRouter:
+def routes(router: RouterHandle, callers: Callers, settings: Settings) -> APIRouter:
     """The dialect over ``router``. Its clients write some paths with a slash at the end."""
     api = APIRouter(tags=["XTTS server"])
 
@@ -39,11 +41,15 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         text: str, speaker_wav: str, language: str | None, request: Request, *, stream: bool
     ) -> Response:
         caller = callers.caller(request.scope)
+        voice = speaker_wav.removesuffix(".wav")
+        engine = BuiltInVoice.engine_in(voice)
         return await speech_response(
             router,
             SpeechRequest(
                 text=text,
-                voice=speaker_wav.removesuffix(".wav"),
+                voice=voice,
+                # A voice that comes with an engine speaks with no other.
+                model=engine if engine in settings.engines else None,
                 language=None if language in ("", "auto") else language,
                 request_id=request.state.request_id,
                 caller=caller,
@@ -90,7 +96,7 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
         return {"languages": {code: code for engine in facts for code in engine.languages}}
 
     @api.post("/set_tts_settings")
-    async def set_tts_settings(settings: dict[str, Any]) -> dict[str, str]:
+    async def set_tts_settings(sliders: dict[str, Any]) -> dict[str, str]:
         """Changes nothing: one client's sliders are not everybody's."""
         return {"message": "Settings are those of the server; a request may set its own elsewhere."}
 

@@ -59,6 +59,11 @@ class ConditioningSource:
         self._pending: dict[_Key, asyncio.Task[VoiceConditioning]] = {}
         self._refining: set[asyncio.Task[None]] = set()
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of what is remembered."""
+        return sum(entry.conditioning.size_bytes for entry in self._entries.values())
+
     async def get(
         self, voice: Voice, facts: EngineFacts, engine: EngineDispatch, transcript: Transcript | None = None
     ) -> VoiceConditioning:
@@ -78,12 +83,8 @@ class ConditioningSource:
 
         It is never stored. In memory it serves the next request with the same recording, for ``ttl_s``.
         """
-        now_s = time.monotonic()
-        for key, entry in [*self._entries.items()]:
-            if key[0].startswith(_ONE_SHOT) and now_s - entry.read_at_s >= self._ttl_s:
-                del self._entries[key]
-        content = blake2b(one_shot.audio, digest_size=16)
-        content.update(one_shot.transcript.encode())
+        content = blake2b(f"{len(one_shot.audio)}\n{one_shot.transcript}\n".encode(), digest_size=16)
+        content.update(one_shot.audio)
         key = (_ONE_SHOT + content.hexdigest(), facts.card.name, facts.weights_fingerprint, "")
 
         async def compute() -> VoiceConditioning:
@@ -93,10 +94,13 @@ class ConditioningSource:
                 transcript, _ = await transcription.of_recording(one_shot.transcript, "", checked, facts.card)
                 if transcript is not None:
                     reference = transcript.completes(reference)
-                return self._remember(key, await extract(engine, reference))
+                conditioning = self._remember(key, await extract(engine, reference))
             except VoiceCloneError as error:
                 error.param = error.param or "ref_audio"
                 raise
+            # Whose voice it is has not enrolled: nothing of it is kept for longer than it is of use.
+            asyncio.get_running_loop().call_later(self._ttl_s, self._entries.pop, key, None)
+            return conditioning
 
         return await self._shared(key, compute)
 
@@ -189,7 +193,7 @@ class ConditioningSource:
     def _remember(self, key: _Key, conditioning: Conditioning) -> VoiceConditioning:
         self._entries[key] = prepared = VoiceConditioning.of(conditioning)
         self._entries.move_to_end(key)
-        held_bytes = sum(entry.conditioning.size_bytes for entry in self._entries.values())
+        held_bytes = self.held_bytes
         while held_bytes > self._max_bytes and len(self._entries) > 1:
             _, oldest = self._entries.popitem(last=False)
             held_bytes -= oldest.conditioning.size_bytes

@@ -60,6 +60,12 @@ class BuiltInVoice:
         """Its id: in ASCII, whatever the name is written in, and never that of an enrolled voice."""
         return f"{self.engine}:{quote(self.name, safe=' ')}"
 
+    @staticmethod
+    def engine_in(voice_id: str) -> str | None:
+        """The engine that an id names; None for the id of an enrolled voice."""
+        engine, colon, _ = voice_id.partition(":")
+        return engine if colon else None
+
 
 Name = Annotated[str, AfterValidator(checked_name)]
 

@@ -18,7 +18,7 @@ from serve_app.handle import RouterHandle
 from serve_app.ingress.api import build_api
 from serve_app.protocol import AudioFrame, SpeechRequest, SpeechStarted
 
-PATH = "/v1/audio/speech/stream"
+PATH = "ws://localhost/v1/audio/speech/stream"
 RATE_HZ = 24_000
 #: Samples of one character.
 PER_CHARACTER = 240
@@ -351,10 +351,10 @@ def test_sessions_are_counted() -> None:
     ("origin", "allowed", "opens"),
     [
         (None, [], True),
-        ("http://testserver", [], True),
+        ("http://localhost", [], True),
         ("https://evil.example", [], False),
         ("null", [], False),
-        ("http://testserver.evil.example", [], False),
+        ("http://localhost.evil.example", [], False),
         ("https://app.example", ["https://app.example"], True),
         ("http://app.example", ["https://app.example"], False),
         ("https://any.example", ["*"], True),
