@@ -26,8 +26,9 @@ from engines.contract import (
 )
 from engines.gpt_sovits.options import Sampling
 from engines.gpt_sovits.package import prepare_package
+from engines.gpt_sovits.reference_window import SHORTEST_S
 from engines.gpt_sovits.settings import GptSovitsConfig
-from engines.gpt_sovits.voice import RATE_HZ, SHORTEST_S, Voice
+from engines.gpt_sovits.voice import RATE_HZ, Voice
 
 if TYPE_CHECKING:
     import torch

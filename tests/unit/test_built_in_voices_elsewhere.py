@@ -12,10 +12,9 @@ from serve_app.errors import InputEmpty
 from serve_app.handle import RouterHandle
 from serve_app.ingress.api import build_api
 from serve_app.protocol import SpeechRequest
-from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import BuiltInVoice
 
-ENGINES = {"tone": {}, "mosaic": {}}
+ENGINES: dict[str, Any] = {"tone": {}, "mosaic": {}}
 
 
 class Router:
@@ -24,8 +23,8 @@ class Router:
     def __init__(self) -> None:
         self.requests: list[SpeechRequest] = []
 
-    async def voices(self, *_: object, **__: object) -> VoicePage:
-        return VoicePage((), has_more=False, built_in=(BuiltInVoice("mosaic", "Ana B."),))
+    async def all_voices(self, _: object) -> list[BuiltInVoice]:
+        return [BuiltInVoice("mosaic", "Ana B.")]
 
     def speak(self, request: SpeechRequest) -> Any:
         self.requests.append(request)

@@ -15,6 +15,7 @@ from serve_app.errors import UnusableAudio
 from serve_app.protocol import EngineFacts, OneShotReference
 from serve_app.router.conditioning import ConditioningSource
 from serve_app.router.dispatch import EngineDispatch
+from serve_app.router.transcription import Transcription
 from serve_app.voices.reference import CheckedReference, ReferenceReader
 from serve_app.voices.store import VoiceStore
 
@@ -48,6 +49,7 @@ async def ask(source: ConditioningSource, desk: Desk, audio: bytes = b"a", trans
         FACTS,
         cast(EngineDispatch, desk),
         cast(ReferenceReader, desk),
+        Transcription(cast(VoiceStore, None), None, timeout_s=1),
     )
     return int(prepared.conditioning.arrays["pitch"][0])
 
