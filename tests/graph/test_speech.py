@@ -201,7 +201,7 @@ def test_request_id_is_taken_or_made(server: Server) -> None:
 
 def test_models_list_the_served_engines(server: Server) -> None:
     models = {model.id: model for model in server.openai.models.list()}
-    assert set(models) == {*SETTINGS["engines"], "english"}
+    assert set(models) == {*SETTINGS["engines"], "english", "reading"}
     mosaic = server.http.get("/v1/models/mosaic").json()
     assert mosaic["languages"][0] == "en"
     assert "es" in mosaic["languages"]
