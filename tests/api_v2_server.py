@@ -3,27 +3,32 @@
 What is reproduced, failures included; the pipeline's part is marked *:
 
 1.  ``POST /tts`` takes JSON whose fields all have defaults; ``GET /tts`` takes ``text_lang`` and fails with
-500 where     it is missing. ``/control`` and the weight routes are GET only (a POST is 405). ``/`` is 404.
+    500 where it is missing. ``/control`` and the weight routes are GET only (a POST is 405). ``/`` is 404.
 2.  Checks in this order, each 400 ``{"message"}``: ``ref_audio_path``, ``text``, ``text_lang`` and
-``prompt_lang``     present and of this version (compared in lower case), ``media_type``,
-``text_split_method``, ``streaming_mode``. 3.  * The pipeline compares languages as they are: a POST with
-"EN" passes the checks and fails an assertion, 400     ``{"message": "tts failed", "Exception": ""}``.
-4.  * A reference that does not exist, or is not 48 000 to 160 000 samples at 16 kHz, is 400 "tts failed"
-with the     reason; streamed, the same is a 200 whose body drops at once. v3 and v4 refuse an empty
-``prompt_text`` so too. 5.  * The reference is remembered by its path alone: another recording under the same
-path is not read. 6.  * A failure while inferring yields one second of zeros at 16 000 Hz before it raises.
-Without streaming that is the     whole answer, 200 and complete. Streamed, the connection drops after it.
+    ``prompt_lang`` present and of this version (compared in lower case), ``media_type``,
+    ``text_split_method``, ``streaming_mode``.
+3.  * The pipeline compares languages as they are: a POST with "EN" passes the checks and fails an assertion,
+    400 ``{"message": "tts failed", "Exception": ""}``.
+4.  * A reference that does not exist, or is not 48 000 to 160 000 samples at 16 kHz, is 400 "tts failed" with
+    the reason; streamed, the same is a 200 whose body drops at once. v3 and v4 refuse an empty
+    ``prompt_text`` so too.
+5.  * The reference is remembered by its path alone: another recording under the same path is not read.
+6.  * A failure while inferring yields one second of zeros at 16 000 Hz before it raises. Without streaming
+    that is the whole answer, 200 and complete. Streamed, the connection drops after it.
 7.  * A text with nothing to say gives the same second, without a drop; streamed, no bytes at all.
-8.  Without streaming the event loop is blocked: nobody else is answered meanwhile. Streams run in threads
-and overlap. 9.  A streamed WAV is a header of 44 bytes with size 0, then bare samples. Its rate is that of
-the first chunk. 10. ``streaming_mode`` 1 yields fragments with ``fragment_interval`` of silence after each,
-2 and 3 chunks; v3 and v4     take 2 and 3 for 1.
-11. Weights are global, set by ``GET /set_gpt_weights`` and ``/set_sovits_weights``; 400 with the reason if
-the file is     not there. A restarted process has the weights of its configuration.
-12. Rates: 32 kHz, v3 24 kHz, v4 48 kHz; int16 mono. Seeds of 2**32 and more fail in numpy *before*
-inference: 400.
+8.  * Where nothing was made, or the pipeline was stopped, there is one second of zeros at its own rate.
+9.  Without streaming the event loop is blocked: nobody else is answered meanwhile. Streams run in threads and
+    overlap.
+10. A streamed WAV is a header of 44 bytes with size 0, then bare samples. Its rate is the first chunk's.
+11. ``streaming_mode`` 1 yields fragments with ``fragment_interval`` of silence after each, 2 and 3 chunks; v3
+    and v4 take 2 and 3 for 1.
+12. Weights are global, set by ``GET /set_gpt_weights`` and ``/set_sovits_weights``; 400 with the reason if
+    the file is not there. A restarted process has the weights of its configuration.
+13. Rates: 32 kHz, v3 24 kHz, v4 48 kHz; int16 mono. Seeds of 2**32 and more fail in numpy *before* inference:
+    400.
 
-Texts choose faults: ``[fail]`` fails at once, ``[late]`` after the first chunk, ``[slow]`` takes ``slow_s``.
+Texts choose faults: ``[none]`` makes nothing, ``[fail]`` fails at once, ``[late]`` after the first chunk,
+``[slow]`` takes ``slow_s`` before each part.
 """
 
 from __future__ import annotations
@@ -133,6 +138,9 @@ class Pipeline:
         if "[fail]" in text:
             raise RuntimeError("probability tensor contains either inf, nan or element < 0")
         sound = self.tone(request)
+        if "[none]" in text:
+            yield self.rate_hz, np.zeros(self.rate_hz, np.int16)
+            return
         if not mode:
             yield self.rate_hz, sound
             return

@@ -268,7 +268,7 @@ def test_request_id_is_taken_or_made(server: Server) -> None:
 
 def test_models_list_the_served_engines(server: Server) -> None:
     models = {model.id: model for model in server.openai.models.list()}
-    assert set(models) == {*SETTINGS["engines"], "english"}
+    assert set(models) == {*SETTINGS["engines"], "english", "reading"}
     audio = server.http.get("/v1/audio/models").json()
     assert {model["id"] for model in audio["models"]} == set(models)
     assert server.http.get("/v1/models/quick").json()["id"] == "tone"

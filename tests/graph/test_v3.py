@@ -92,7 +92,7 @@ def nodes(server: Server, **query: str) -> list[dict[str, Any]]:
 
 def test_nodes_are_the_replicas_that_run(server: Server) -> None:
     found = nodes(server)
-    assert {node["engine_type"] for node in found} == {*SETTINGS["engines"], "english"}
+    assert {node["engine_type"] for node in found} == {*SETTINGS["engines"], "english", "reading"}
     pair = nodes(server, engine="pair")
     assert len(pair) == len({node["node_id"] for node in pair}) == 2
     for node in pair:

@@ -243,6 +243,14 @@ def test_silence_and_a_cut_stream_are_failures_of_their_row_alone(
     assert good.any()
 
 
+@pytest.mark.parametrize("mode", [0, 2])
+def test_silence_at_the_right_rate_is_no_speech_either(
+    backend: Backend, server: ApiV2TestServer, mode: int
+) -> None:
+    with pytest.raises(SynthesisFailed, match="answered with silence"):
+        spoken(backend(server, streaming_mode=mode), say("[none] Hello."))
+
+
 def test_another_rate_is_named_and_not_played(backend: Backend, server: ApiV2TestServer) -> None:
     with pytest.raises(SynthesisFailed, match=r"32000 Hz instead of 48000 Hz.*`version`"):
         spoken(backend(server, version="v4"), say("Hello."))

@@ -37,12 +37,14 @@ class Transcriber:
 
     def __init__(self, answer: Callable[[], Awaitable[Answer]]) -> None:
         self.calls: list[str] = []
+        self.called = asyncio.Event()
         self.hear = self
         self._answer = answer
 
     async def remote(self, samples: Samples, sample_rate_hz: int, language: str) -> Answer:
         assert len(samples) > sample_rate_hz / 2
         self.calls.append(language)
+        self.called.set()
         return await self._answer()
 
 
@@ -169,14 +171,18 @@ async def test_a_caller_that_leaves_does_not_stop_the_hearing(store: VoiceStore)
         return SAID
 
     voice = await anna(store)
-    words = transcription(store, Transcriber(later))
-    leaving, staying = (asyncio.create_task(words.of_voice(voice, NEEDS)) for _ in range(2))
-    await asyncio.sleep(0)
+    transcriber = Transcriber(later)
+    words = transcription(store, transcriber)
+    leaving = asyncio.create_task(words.of_voice(voice, NEEDS))
+    await transcriber.called.wait()
+    staying = asyncio.create_task(words.of_voice(voice, NEEDS))
     leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
     heard.set()
     counts = await staying
     assert counts is not None
-    assert counts.text == "Hello there."
+    assert (counts.text, len(transcriber.calls)) == ("Hello there.", 1)
 
 
 async def test_another_recording_is_heard_anew(store: VoiceStore) -> None:
