@@ -176,9 +176,9 @@ def _count_to(network: Any, stop_after: int) -> None:
     for position in (network.ar_text_position, network.ar_audio_position):
         position.alpha.fill_(0.1)
     for block in network.t2s_transformer.blocks:
-        # Enough for the text to be heard in the choice of tokens, not in that of groups.
-        for layer, gain in ((block.out_proj, 1.5), (block.mlp[2], 0.6)):
-            layer.weight.mul_(gain)
+        # Enough for the text to be heard in the choice of tokens, not in that of groups, however many layers.
+        for layer, gain in ((block.out_proj, 3.0), (block.mlp[2], 1.2)):
+            layer.weight.mul_(gain / network.num_layers)
             layer.bias.zero_()
     head = 3 / loud * torch.randn(_VOCABULARY, width)
     head[_FIRST_SPOKEN:_END] += 32 / loud * directions[group[_FIRST_SPOKEN:_END] - 1]
