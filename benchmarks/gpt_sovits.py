@@ -1,7 +1,7 @@
 """The GPT-SoVITS engine beside gsv-tts-lite's own calls, on the same weights, at the same lengths.
 
-    python -m benchmarks.gpt_sovits            # writes results/gpt_sovits.json, in about 15 minutes
-    python -m benchmarks.gpt_sovits --quick    # within a minute, with a GPT of a sixth of the size
+    python -m benchmarks.gpt_sovits            # writes results/gpt_sovits.json
+    python -m benchmarks.gpt_sovits --quick    # with a GPT of a sixth of the size, mostly loading
 
 The first run of either makes its checkpoint, which takes longer. One process loads both, and they take
 turns, so that whatever else the machine does hits both:
