@@ -110,7 +110,7 @@ class SpeechOptions(BaseModel):
         if self.ref_audio is None:
             return None
         audio = audio_of(self.ref_audio, max_bytes, param="ref_audio")
-        return OneShotReference(audio, well_formed(self.ref_text or ""), self.consent)
+        return OneShotReference(audio, self.ref_text or "", self.consent)
 
     def request(
         self,
