@@ -16,7 +16,9 @@ serve: .venv/demo.stamp  ## Serve on http://127.0.0.1:8000
 setup: .venv/setup.stamp  ## Everything tests and benchmarks need
 
 test: setup check  ## The whole suite, from nothing
-	$(BIN)/pytest
+	# Two files at a time as long as nothing of Ray runs; a cluster needs the machine for itself.
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/pytest tests/graph tests/cluster
 
 check: setup  ## Format, lint, types and layers
 	$(BIN)/ruff format --check .
