@@ -31,7 +31,7 @@ class Transcription:
         self._store = store
         self._transcriber = transcriber
         self._timeout_s = timeout_s
-        self._pending: dict[str, asyncio.Task[Hearing]] = {}
+        self._pending: dict[str, asyncio.Task[None]] = {}
 
     async def of_voice(self, voice: Voice, card: EngineCard) -> Transcript | None:
         """What an engine is told about an enrolled recording; None if it wants nothing or does without.
@@ -118,8 +118,10 @@ class Transcription:
         # One caller leaving must not stop the hearing others wait for.
         await asyncio.shield(task)
 
-    async def _hear_and_keep(self, voice: Voice) -> Hearing:
+    async def _hear_and_keep(self, voice: Voice) -> None:
+        known = await self._store.transcript(voice)
+        if known is not None and known.confidence is not None:
+            return  # heard since the caller looked
         reference = await self._store.reference(voice)
         hearing = await self.hear(reference.samples, reference.sample_rate_hz, voice.language)
         await self._store.put_hearing(voice, hearing)
-        return hearing
