@@ -15,7 +15,7 @@ from serve_app.protocol import SpeechRequest
 from serve_app.voices.store import VoicePage
 from serve_app.voices.voice import BuiltInVoice
 
-ENGINES = {"tone": {}, "mosaic": {}}
+ENGINES: dict[str, Any] = {"tone": {}, "mosaic": {}}
 
 
 class Router:
