@@ -25,7 +25,7 @@ from serve_app.ingress.callers import Callers
 from serve_app.ingress.problems import v3_code
 from serve_app.ingress.speech import speech_response
 from serve_app.protocol import BatchProgress, EnrolRequest, Priority, SpeechRequest
-from serve_app.voices.voice import Voice
+from serve_app.voices.voice import BuiltInVoice, Voice
 
 #: Texts of one batch that are spoken at once, and characters of all: 20 000 are half an hour of audio.
 _AT_ONCE = 4
@@ -190,15 +190,8 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     @api.get("/voices")
     async def list_voices(request: Request) -> dict[str, Any]:
         """All voices."""
-        caller = callers.caller(request.scope)
-        voices: list[Voice] = []
-        after: str | None = None
-        while True:
-            page = await router.voices(caller, 1000, after)
-            voices.extend(page.voices)
-            if not page.has_more:
-                return {"success": True, "voices": [_voice_info(voice) for voice in voices]}
-            after = page.voices[-1].id
+        voices = await router.all_voices(callers.caller(request.scope))
+        return {"success": True, "voices": [_voice_info(voice) for voice in voices]}
 
     @api.delete("/voices/{voice_id}")
     async def delete_voice(voice_id: str, request: Request) -> dict[str, Any]:
@@ -209,7 +202,9 @@ def routes(router: RouterHandle, callers: Callers) -> APIRouter:
     return api
 
 
-def _voice_info(voice: Voice) -> dict[str, Any]:
+def _voice_info(voice: Voice | BuiltInVoice) -> dict[str, Any]:
+    if isinstance(voice, BuiltInVoice):
+        return {"voice_id": voice.id, "name": voice.name, "engine": voice.engine, "metadata": {}}
     return {
         "voice_id": voice.id,
         "name": voice.name,

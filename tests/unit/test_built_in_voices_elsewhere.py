@@ -50,3 +50,10 @@ def test_such_a_voice_is_listed_and_chooses_its_engine(dialect: str) -> None:
         assert router.requests[1].voice == "anna"
     assert voice["name"] == "Ana B."
     assert router.requests[0].voice == voice["voice_id"] == "mosaic:Ana B."
+
+
+def test_v3_lists_it_with_its_engine() -> None:
+    settings = Settings.model_validate({"engines": ENGINES})
+    http = TestClient(build_api(cast(RouterHandle, Router()), settings), base_url="http://localhost")
+    (voice,) = http.get("/api/voices").json()["voices"]
+    assert (voice["voice_id"], voice["engine"]) == ("mosaic:Ana B.", "mosaic")
