@@ -18,7 +18,8 @@ setup: .venv/setup.stamp  ## Everything tests and benchmarks need
 test: setup check  ## The whole suite, from nothing
 	# Two files at a time as long as nothing of Ray runs; a cluster needs the machine for itself.
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest tests/graph tests/cluster
+	$(BIN)/pytest tests/graph
+	$(BIN)/pytest tests/cluster
 
 check: setup  ## Format, lint, types and layers
 	$(BIN)/ruff format --check .
