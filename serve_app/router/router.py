@@ -445,8 +445,12 @@ class Router:
     @answers
     async def voice(self, voice: str, caller: Caller) -> Voice | BuiltInVoice:
         """One voice by id, name or alias."""
-        await self._meet_engines()
-        found = await self._voice(voice, caller)
+        try:
+            found = await self._voice(voice, caller)
+        except VoiceNotFound:
+            # Perhaps of an engine that this router has not asked yet. An enrolled voice waits for no engine.
+            await self._meet_engines()
+            found = await self._voice(voice, caller)
         return found if isinstance(found, BuiltInVoice) else await self._with_words(found)
 
     @answers
